@@ -1,0 +1,318 @@
+"""Calibration text: a file or a named set -> windows of token ids.
+
+Everything becomes one stream of tokens, encoded by the model's own tokenizer and its own BOS rule. A file gives
+consecutive windows from its start (so the windows are known from the file alone); a named set gives random ones, drawn
+by seed without overlap. Text is never repeated to fill a window that there is not enough text for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tinygptq.errors import TinyGPTQError
+from tinygptq.templates import Message, get_template, render_chat, render_conversation
+from tinygptq.tokenizer import Tokenizer
+
+CHAT_TEMPLATE = "chat"  # in place of a template's name: the model folder's own chat template
+CHARS_PER_TOKEN = 6  # English has about four: how much of a long text to try first
+MARGIN = 256
+STREAM_FACTOR = 4  # tokens gathered from a set of documents for each token wanted
+ALTERNATIVE = "a local file needs no network: --dataset FILE.txt or FILE.jsonl"
+NOT_TEXT = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst")
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """Where a named set lies on the Hugging Face hub: the arguments of `datasets.load_dataset`."""
+
+    path: str
+    splits: tuple[str, ...]
+    config: str | None = None
+    revision: str | None = None
+    data_files: dict[str, str] | None = None
+    column: str | None = None  # of plain text; None: records or conversations, written through the prompt template
+    in_order: bool = True  # one running text; False: documents of their own, taken in random order
+
+
+NAMED_SETS = {
+    "wikitext2": NamedSet("Salesforce/wikitext", ("train", "validation", "test"), "wikitext-2-raw-v1", column="text"),
+    "c4": NamedSet("allenai/c4", ("train", "validation"), column="text", in_order=False,
+                   data_files={"train": "en/c4-train.00000-of-01024.json.gz",
+                               "validation": "en/c4-validation.00000-of-00008.json.gz"}),
+    # the set's own loading script no longer runs; the hub keeps its tables converted under this revision
+    "ptb": NamedSet("ptb-text-only/ptb_text_only", ("train", "validation", "test"), "penn_treebank",
+                    revision="refs/convert/parquet", column="sentence"),
+    "databricks-dolly-15k": NamedSet("databricks/databricks-dolly-15k", ("train",), in_order=False),
+    "oasst1": NamedSet("OpenAssistant/oasst1", ("train", "validation"), in_order=False),
+    "CodeAlpaca-20k": NamedSet("sahil2801/CodeAlpaca-20k", ("train",), in_order=False),
+}
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A parsed --dataset: a file (``path``), or a set (``name``) and its split."""
+
+    path: Path | None = None
+    name: str | None = None
+    split: str = "train"
+
+    def __str__(self) -> str:
+        return str(self.path) if self.path else f"{self.name}:{self.split}"
+
+
+def parse_dataset(text: str | Path) -> DatasetSpec:
+    """Read what --dataset says: FILE.txt, FILE.jsonl or NAME[:split]. Anything else is a TinyGPTQError."""
+    path = Path(text)
+    name, _, split = str(text).partition(":")
+    if name in NAMED_SETS and not path.is_file():
+        split = split or "train"
+        if split not in NAMED_SETS[name].splits:
+            raise TinyGPTQError(f"dataset {name} has no split {split!r}; it has {', '.join(NAMED_SETS[name].splits)}")
+        return DatasetSpec(name=name, split=split)
+    if not path.is_file():
+        raise TinyGPTQError(f"dataset {str(text)!r} is neither a file nor one of {', '.join(NAMED_SETS)}")
+    if path.suffix.lower() in NOT_TEXT:
+        raise TinyGPTQError(f"{path}: expected a .txt or .jsonl file, found {path.suffix}")
+    return DatasetSpec(path=path)
+
+
+def calibration_windows(dataset: str | Path, tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int = 0,
+                        template: str = "tulu") -> np.ndarray:
+    """Token ids to calibrate with: int32 [nsamples, seqlen].
+
+    dataset: FILE.txt, FILE.jsonl (a text; prompt and response; instruction, input and output; or messages in each
+        line) or a name of NAMED_SETS with an optional ``:split``.
+    seed: draws the windows of a named set; a file's windows are consecutive from its start.
+    template: how instructions are written (templates.TEMPLATES, or "chat" for the folder's own chat template).
+
+    Raises TinyGPTQError when there are fewer than nsamples * seqlen tokens, when a file cannot be read as such, or
+    when a named set cannot be had.
+    """
+    if nsamples < 1 or seqlen < 2:
+        raise TinyGPTQError(f"calibration needs nsamples >= 1 and seqlen >= 2, found {nsamples} and {seqlen}")
+    spec = parse_dataset(dataset)
+    writer = _Writer(tokenizer, template)
+    if spec.path:
+        ids = _encode_start(tokenizer, _file_text(spec.path, writer), nsamples * seqlen)
+        _check_enough(spec, len(ids), nsamples, seqlen)
+        return ids[:nsamples * seqlen].reshape(nsamples, seqlen)
+    rng = np.random.default_rng(seed)
+    ids = _set_tokens(spec, tokenizer, writer, nsamples * seqlen, rng)
+    _check_enough(spec, len(ids), nsamples, seqlen)
+    return draw_windows(ids, nsamples, seqlen, rng)
+
+
+def draw_windows(ids: np.ndarray, nsamples: int, seqlen: int, rng: np.random.Generator) -> np.ndarray:
+    """Random windows of a stream that do not overlap, in random order: ids [n] -> [nsamples, seqlen].
+
+    The tokens left over are spread at random as gaps before the windows.
+    """
+    spare = len(ids) - nsamples * seqlen
+    starts = np.sort(rng.integers(0, spare + 1, nsamples)) + seqlen * np.arange(nsamples)
+    rng.shuffle(starts)
+    return ids[starts[:, None] + np.arange(seqlen)]  # (nsamples, seqlen)
+
+
+def _check_enough(spec: DatasetSpec, tokens: int, nsamples: int, seqlen: int) -> None:
+    if tokens >= nsamples * seqlen:
+        return
+    found = f"{spec} holds {tokens} token{'s' * (tokens != 1)}" if tokens else f"{spec} holds no text"
+    fits = [f"--nsamples {tokens // seqlen}"] if tokens >= seqlen else []
+    fits += [f"--seqlen {tokens // nsamples}"] if tokens // nsamples >= 2 else []
+    raise TinyGPTQError(f"{found}; {nsamples} windows of {seqlen} need {nsamples * seqlen}: "
+                        + (f"{' or '.join(fits)} would fit" if fits else "give more text"))
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of one running text, BOS by the folder's rule; a text without a character has no ids at all."""
+    return np.array(tokenizer.encode(text) if text else [], dtype=np.int32)
+
+
+def _encode_start(tokenizer: Tokenizer, text: str, needed: int) -> np.ndarray:
+    """At least ``needed`` ids from the start of ``text``, if it has so many; a long text is not encoded whole.
+
+    A cut changes the ids beside it, so it lies at least MARGIN tokens behind the last one needed.
+    """
+    size = CHARS_PER_TOKEN * (needed + MARGIN)
+    while True:
+        ids = _encode(tokenizer, text[:size])
+        if size >= len(text) or len(ids) >= needed + MARGIN:
+            return ids
+        size *= 2
+
+
+# ------------------------------------------------------------------------------------------------ records to text
+
+
+class _Writer:
+    """Writes records and conversations as text through one prompt template."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str):
+        def text_of(id: int | None) -> str:
+            return "" if id is None else tokenizer.token_bytes(id, skip_special=False).decode("utf-8", "replace")
+
+        self.template = template
+        self.bos, self.eos = text_of(tokenizer.bos_id), text_of(tokenizer.eos_id)
+        self.chat_template = tokenizer.chat_template
+        if template != CHAT_TEMPLATE:
+            get_template(template)  # an unknown name should not wait for a download
+        elif not self.chat_template:
+            raise TinyGPTQError("the model folder has no chat template; choose a template by name")
+
+    def conversation(self, messages: list[Message]) -> str:
+        if self.template == CHAT_TEMPLATE:
+            return render_chat(self.chat_template, messages, self.bos, self.eos, add_generation_prompt=False)
+        return render_conversation(self.template, messages, self.bos, self.eos)
+
+    def record(self, record: dict, where: str) -> str:
+        """One record as text, by the fields it has; ``where`` begins the error for any other."""
+        if "messages" in record:
+            return self.conversation(_messages(record["messages"], where))
+        for fields in (("prompt", "response"), ("instruction", "output"), ("instruction", "response")):
+            if all(name in record for name in fields):
+                prompt, reply = (_string(record, name, where) for name in fields)
+                context = next((_string(record, name, where) for name in ("input", "context") if record.get(name)), "")
+                prompt = f"{prompt}\n\n{context}" if context.strip() else prompt
+                return self.conversation([{"role": "user", "content": prompt},
+                                          {"role": "assistant", "content": reply}])
+        if "text" in record:
+            return _string(record, "text", where) + "\n\n"
+        raise TinyGPTQError(f"{where}: found the fields {', '.join(map(str, record)) or '(none)'}; expected text, or "
+                            "prompt and response, or instruction, input and output, or messages")
+
+
+def _string(record: dict, name: str, where: str) -> str:
+    if not isinstance(record[name], str):
+        raise TinyGPTQError(f"{where}: the field {name!r} should be text, found {type(record[name]).__name__}")
+    return record[name]
+
+
+def _messages(messages: object, where: str) -> list[Message]:
+    wanted = isinstance(messages, list) and messages and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
+    if not wanted:
+        raise TinyGPTQError(f"{where}: the field 'messages' should be a list of objects with role and content")
+    return messages
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def _file_text(path: Path, writer: _Writer) -> str:
+    """A text file as it is; the records of a .jsonl file one after another."""
+    try:
+        text = path.read_bytes().decode("utf-8")  # not read_text: line ends stay what they are
+    except UnicodeDecodeError as error:
+        raise TinyGPTQError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise TinyGPTQError(f"{path}: cannot be read ({error.strerror})") from None
+    if path.suffix.lower() != ".jsonl":
+        return text
+    return "".join(_record_texts(text, path, writer))
+
+
+def _record_texts(text: str, path: Path, writer: _Writer) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), 1):
+        where = f"{path} line {number}"
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise TinyGPTQError(f"{where}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise TinyGPTQError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        try:
+            yield writer.record(record, where)
+        except TinyGPTQError as error:  # a template's complaint does not know the line
+            raise error if str(error).startswith(where) else TinyGPTQError(f"{where}: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------ named sets
+
+
+def _load(spec: DatasetSpec) -> Iterable[dict]:
+    """The rows of a named set, through the optional package `datasets` and, the first time, the network."""
+    entry = NAMED_SETS[spec.name]
+    try:
+        import datasets
+    except ImportError:
+        raise TinyGPTQError(f"dataset {spec.name} needs the package datasets (pip install tinygptq[data]); "
+                            f"{ALTERNATIVE}") from None
+    options = {"revision": entry.revision} if entry.revision else {}
+    if entry.data_files:  # only the one file that is used, not the whole set
+        options["data_files"] = {spec.split: entry.data_files[spec.split]}
+    try:
+        return datasets.load_dataset(entry.path, *filter(None, [entry.config]), split=spec.split, **options)
+    except Exception as error:  # whatever the network, the hub or a cache raises: the answer is the same
+        first = (str(error).splitlines() or [""])[0]
+        raise TinyGPTQError(f"dataset {spec} cannot be loaded ({type(error).__name__}: {first}); "
+                            f"{ALTERNATIVE}") from None
+
+
+def _set_tokens(spec: DatasetSpec, tokenizer: Tokenizer, writer: _Writer, needed: int,
+                rng: np.random.Generator) -> np.ndarray:
+    """One stream of ids [n] of a named set; of documents, a random choice of STREAM_FACTOR times what is needed."""
+    entry, rows = NAMED_SETS[spec.name], _load(spec)
+    try:
+        if entry.in_order:
+            return _encode(tokenizer, "\n\n".join(rows[entry.column]))  # as the GPTQ paper's code joins them
+        documents = conversations(rows) if spec.name == "oasst1" else rows
+        texts = (_document(documents[int(i)], entry, writer, f"{spec} row {i}")
+                 for i in rng.permutation(len(documents)))
+        return _document_tokens(texts, tokenizer, STREAM_FACTOR * needed)
+    except KeyError as error:
+        raise TinyGPTQError(f"dataset {spec}: the field {error} is missing, so its schema has changed; "
+                            f"{ALTERNATIVE}") from None
+
+
+def _document(document: dict | list[Message], entry: NamedSet, writer: _Writer, where: str) -> str:
+    if isinstance(document, list):
+        return writer.conversation(document)
+    return document[entry.column] + "\n\n" if entry.column else writer.record(document, where)
+
+
+def _document_tokens(texts: Iterator[str], tokenizer: Tokenizer, wanted: int) -> np.ndarray:
+    """Ids [n] of documents joined, of no more of them than give ``wanted`` ids (a set can be larger than memory)."""
+    joined, size = "", CHARS_PER_TOKEN * wanted
+    while True:
+        parts, length = [joined], len(joined)
+        while length < size and (text := next(texts, None)) is not None:
+            parts.append(text)
+            length += len(text)
+        joined = "".join(parts)
+        ids = _encode(tokenizer, joined)
+        if length < size or len(ids) >= wanted:
+            return ids
+        size *= 2
+
+
+def conversations(rows: Iterable[dict]) -> list[list[Message]]:
+    """English conversations of an oasst1 table: each tree walked from its root along the best-ranked replies.
+
+    rows: one message each, with message_id, parent_id, text, role ("prompter" or "assistant"), lang, rank (0 is best,
+    may be None) and, perhaps, deleted. A walk ends with the last assistant's reply; roots without any are left out.
+    """
+    children: dict[str | None, list[dict]] = {}
+    for row in rows:
+        if row["lang"] == "en" and not row.get("deleted"):
+            children.setdefault(row["parent_id"], []).append(row)
+    for replies in children.values():
+        replies.sort(key=lambda row: (row["rank"] is None, row["rank"] or 0))
+    roles = {"prompter": "user", "assistant": "assistant"}
+    found = []
+    for row in children.get(None, []):
+        messages = []
+        while row is not None:
+            messages.append({"role": roles[row["role"]], "content": row["text"]})
+            row = next(iter(children.get(row["message_id"], [])), None)
+        if messages[-1]["role"] == "user":
+            messages.pop()
+        if messages:
+            found.append(messages)
+    return found

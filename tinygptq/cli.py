@@ -1,0 +1,203 @@
+"""The ``tinygptq`` command. Each subcommand is a few lines that join the modules below; results go to stdout, the rest to
+stderr. A mistake of the user's is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from tinygptq import __version__
+from tinygptq.config import SUPPORTED_BITS, QuantizeConfig
+from tinygptq.errors import TinyGPTQError
+from tinygptq.templates import TEMPLATES, render
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("tinygptq").setLevel(logging.DEBUG if args.verbose else logging.INFO)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except TinyGPTQError as error:
+        print(f"tinygptq: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does; a second flush must not complain
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from tinygptq.demo import run
+
+    run(out=args.out, seed=args.seed)
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    from tinygptq.quantization import quantize
+
+    report = quantize(
+        args.src,
+        args.out,
+        _quantize_config(args),
+        dataset=args.dataset,
+        nsamples=args.nsamples,
+        seqlen=args.seqlen,
+        seed=args.seed,
+        template=args.template,
+        method=args.method,
+        device=args.device,
+    )
+    size = (report.folder / "model.safetensors").stat().st_size
+    if args.json:
+        linears = [asdict(linear) for linear in report.linears]
+        print(json.dumps({"folder": str(report.folder), "bytes": size, "seconds": report.seconds, "linears": linears}))
+    else:
+        print(f"{report.folder}: {size:,} bytes, {len(report.linears)} linears in {report.seconds:.1f} s")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from tinygptq.language_model import load
+
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.greedy and args.temperature is not None:
+        raise TinyGPTQError("--greedy and --temperature contradict each other")
+    model = load(args.model, device=args.device, context=args.context)
+    pieces = model.stream(
+        render(args.template, text),
+        max_new_tokens=args.max_new_tokens,
+        min_new_tokens=args.min_new_tokens,
+        temperature=0.0 if args.greedy else args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        stop=args.stop,
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _perplexity(args: argparse.Namespace) -> None:
+    from tinygptq.calibrate import evaluation_text
+    from tinygptq.language_model import load
+
+    model = load(args.model, device=args.device, context=2)
+    result = model.perplexity(evaluation_text(args.dataset), args.seqlen, args.max_windows)
+    if args.json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens ({result.windows} x {result.seqlen})")
+
+
+# --------------------------------------------------------------------------------------------------------- parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tinygptq", description="GPTQ and LLaMA in NumPy and Numba.")
+    parser.add_argument("--version", action="version", version=f"tinygptq {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--verbose", action="store_true", help="say more on stderr")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about, parents=[common])
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", _demo, "quantise the embedded model at 4, 3 and 2 bits, compare, and let it tell a story")
+    demo.add_argument("--out", type=Path, help="keep the 4-bit folder here")
+    demo.add_argument("--seed", type=int, default=0, help="of the story (default: %(default)s)")
+
+    _add_quantize(command("quantize", _quantize, "quantise a Hugging Face folder by GPTQ into a new folder"))
+    _add_generate(command("generate", _generate, "continue a prompt, streaming to the terminal"))
+
+    perplexity = command("perplexity", _perplexity, "perplexity over non-overlapping windows of a text")
+    perplexity.add_argument("model", metavar="MODEL", help="a folder")
+    perplexity.add_argument("--dataset", required=True, metavar="FILE|wikitext2", help="the text")
+    perplexity.add_argument("--seqlen", type=int, default=2048, help="tokens in a window (default: %(default)s)")
+    perplexity.add_argument("--max-windows", type=int, metavar="N", help="stop after N windows")
+    perplexity.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_device(perplexity)
+    return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", choices=("cpu",), help="where to run (default: %(default)s)")
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    default = QuantizeConfig()
+    add = parser.add_argument
+    add("src", metavar="SRC", help="folder of the model in fp16, bf16 or fp32")
+    add("out", metavar="OUT", help="new folder to write")
+    add("--bits", type=int, default=default.bits, choices=SUPPORTED_BITS, help="bits a weight (default: %(default)s)")
+    add("--group-size", type=int, default=default.group_size, metavar="N", help="rows that share a scale, -1 for all (128)")
+    add("--desc-act", action="store_true", help="act-order: quantise columns by descending diag(H)")
+    add("--asym", action="store_true", help="asymmetric: a zero point of its own for each group")
+    add("--damp-percent", type=float, default=default.damp_percent, metavar="F", help="damping (default: %(default)s)")
+    add("--static-groups", action="store_true", help="scales from the uncorrected weights")
+    add("--no-true-sequential", action="store_true", help="calibrate a whole block on its unquantised self")
+    add("--dataset", default="wikitext2", metavar="NAME|FILE", help="wikitext2[:split], c4, ptb, databricks-dolly-15k, "
+        "oasst1, CodeAlpaca-20k, or a .txt or .jsonl file (default: %(default)s)")
+    add("--nsamples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
+    add("--seqlen", type=int, default=2048, metavar="N", help="tokens in each (default: %(default)s)")
+    add("--seed", type=int, default=0, help="which windows of a named set (default: %(default)s)")
+    add("--template", default="tulu", choices=sorted(TEMPLATES), help="prompt template of instruction sets (tulu)")
+    add("--method", default="gptq", choices=("gptq", "rtn"), help="rtn rounds to nearest, without calibration")
+    add("--checkpoint-format", default="gptq", choices=("gptq", "gptq_v2"), help="how zero points are stored (gptq)")
+    add("--json", action="store_true", help="print one JSON object")
+    _add_device(parser)
+
+
+def _quantize_config(args: argparse.Namespace) -> QuantizeConfig:
+    return QuantizeConfig(
+        bits=args.bits,
+        group_size=args.group_size,
+        desc_act=args.desc_act,
+        sym=not args.asym,
+        damp_percent=args.damp_percent,
+        static_groups=args.static_groups,
+        true_sequential=not args.no_true_sequential,
+        checkpoint_format=args.checkpoint_format,
+    )
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a folder")
+    add("--prompt", required=True, metavar="TEXT", help="- reads it from standard input")
+    add("--template", default="none", choices=sorted(TEMPLATES), help="wrap the prompt (default: none)")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
+    add("--min-new-tokens", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    add("--temperature", type=float, metavar="F", help="0 is greedy; what is not given comes from generation_config.json")
+    add("--top-k", type=int, metavar="N")
+    add("--top-p", type=float, metavar="F")
+    add("--repetition-penalty", type=float, metavar="F")
+    add("--greedy", action="store_true", help="always the most likely token")
+    add("--seed", type=int, help="same seed, same text")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
+    add("--context", type=int, metavar="N", help="room for prompt and answer together (default: the model's maximum)")
+    _add_device(parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Perplexity, as the GPTQ papers measure it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from tinygptq.errors import TinyGPTQError
+from tinygptq.model import Llama
+
+ROWS_AT_ONCE = 512  # positions whose logits are formed together: 512 x 32,000 floats are 65 MB
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """perplexity = exp(mean negative log-likelihood in nats over ``tokens`` predicted tokens)."""
+
+    perplexity: float
+    tokens: int
+    windows: int
+    seqlen: int
+
+
+def perplexity(model: Llama, ids: np.ndarray, seqlen: int = 2048, max_windows: int | None = None) -> Perplexity:
+    """Non-overlapping windows of ``seqlen`` tokens; in each, every token but the first is predicted.
+
+    Args:
+        ids: int [tokens], one text; what does not fill a last window is left out, as in the papers. A text shorter than
+            one window is one shorter window.
+
+    Raises:
+        TinyGPTQError: fewer than two tokens, or ``seqlen`` under two.
+    """
+    if seqlen < 2:
+        raise TinyGPTQError(f"--seqlen is {seqlen}, expected at least 2 (a window's first token is not predicted)")
+    if len(ids) < 2:
+        raise TinyGPTQError(f"the text holds {len(ids)} token(s); perplexity needs at least 2")
+    seqlen = min(seqlen, len(ids))
+    windows = len(ids) // seqlen if max_windows is None else min(max_windows, len(ids) // seqlen)
+    if windows < 1:
+        raise TinyGPTQError(f"--max-windows is {max_windows}, expected at least 1")
+    total = 0.0
+    with tqdm(range(windows), desc="perplexity", unit="window", disable=None) as bar:
+        for i in bar:
+            total += negative_log_likelihood(model, ids[i * seqlen : (i + 1) * seqlen]).sum(dtype=np.float64)
+            bar.set_postfix_str(f"{math.exp(total / ((i + 1) * (seqlen - 1))):.3f}")
+    tokens = windows * (seqlen - 1)
+    return Perplexity(math.exp(total / tokens), tokens, windows, seqlen)
+
+
+def negative_log_likelihood(model: Llama, window: np.ndarray) -> np.ndarray:
+    """Nats of each token but the first given those before it, int [T] -> float32 [T - 1]."""
+    h = model.hidden(window[None])[0]  # (T, C)
+    targets = window[1:]
+    nll = np.empty(len(targets), np.float32)
+    for start in range(0, len(targets), ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, len(targets)))
+        nll[rows] = _cross_entropy(model.logits(h[None, rows])[0], targets[rows])
+    return nll
+
+
+def _cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """logsumexp(logits) - logits[target], float32 [T, vocab], int [T] -> float32 [T]."""
+    top = logits.max(axis=-1, keepdims=True)  # (T, 1)
+    chosen = np.take_along_axis(logits, targets[:, None], axis=-1) - top  # (T, 1)
+    logits -= top
+    return np.log(np.exp(logits, out=logits).sum(axis=-1)) - chosen[:, 0]

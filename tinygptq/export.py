@@ -1,0 +1,160 @@
+"""A quantised model to a folder that AutoGPTQ, GPTQModel, ExLlama, TGI, vLLM and transformers load.
+
+One ``model.safetensors``, ``quantize_config.json``, ``config.json`` with the same facts under ``quantization_config``,
+and the tokenizer's files. The folder appears whole or not at all: it is written beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from tinygptq.checkpoint import Checkpoint, linear_names, norm_names
+from tinygptq.config import LlamaConfig, QuantizeConfig, read_json
+from tinygptq.errors import TinyGPTQError
+from tinygptq.gptq import Solution
+from tinygptq.packing import pack
+from tinygptq.tensorfile import TensorFileWriter
+
+# Copied as they are. Weights and both configs are written anew; anything else in the source folder stays there.
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder to fill; on success it becomes ``out`` in one rename, on any failure nothing of it stays.
+
+    Raises:
+        TinyGPTQError: ``out`` exists and is not an empty folder, or the disk refuses (no permission, no room).
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TinyGPTQError(f"{out}: already exists and is not an empty folder; remove it or choose another")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TinyGPTQError(f"{out}: cannot be written ({error.strerror or error})") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def tensor_layout(config: LlamaConfig, quantization: QuantizeConfig) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """``{name: (dtype, shape)}`` of every tensor of a quantised folder, in file order; from the configs alone."""
+    vocab, hidden, bits, dense = config.vocab_size, config.hidden_size, quantization.bits, np.dtype(np.float16)
+    layout: dict[str, tuple[np.dtype, tuple[int, ...]]] = {"model.embed_tokens.weight": (dense, (vocab, hidden))}
+    for name in norm_names(config):
+        layout[f"{name}.weight"] = (dense, (hidden,))
+    for name, (in_features, out_features) in linear_names(config):
+        groups, integer = quantization.num_groups(in_features), np.dtype(np.int32)
+        layout[f"{name}.qweight"] = (integer, (in_features * bits // 32, out_features))
+        layout[f"{name}.qzeros"] = (integer, (groups, out_features * bits // 32))
+        layout[f"{name}.scales"] = (np.dtype(np.float16), (groups, out_features))
+        layout[f"{name}.g_idx"] = (integer, (in_features,))
+    if not config.tie_word_embeddings:
+        layout["lm_head.weight"] = (dense, (vocab, hidden))
+    return layout
+
+
+def require_packable(config: LlamaConfig, quantization: QuantizeConfig) -> None:
+    """Raise unless every linear's sizes fill whole 32-bit words at this width."""
+    for name, (in_features, out_features) in linear_names(config):
+        for axis, size in (("input", in_features), ("output", out_features)):
+            if size * quantization.bits % 32:
+                raise TinyGPTQError(f"{name}: {size} {axis} features of {quantization.bits} bits do not fill 32-bit words")
+
+
+def gptq_tensors(solution: Solution, quantization: QuantizeConfig) -> dict[str, np.ndarray]:
+    """The four tensors of one linear as files hold them; the solver's own codes, never re-derived ones.
+
+    Raises:
+        TinyGPTQError: format ``gptq`` stores ``zero - 1`` and so cannot hold a zero point of 0.
+    """
+    bits, stored = quantization.bits, solution.zeros.T.astype(np.int64)  # (G, N)
+    if quantization.checkpoint_format == "gptq":
+        if (stored < 1).any():
+            raise TinyGPTQError("a zero point of 0 cannot be written in format 'gptq'; use 'gptq_v2'")
+        stored = stored - 1
+    return {
+        "qweight": pack(solution.codes.T, bits).view(np.int32),  # (K*bits/32, N)
+        "qzeros": np.ascontiguousarray(pack(stored.T, bits).T).view(np.int32),  # (G, N*bits/32)
+        "scales": np.ascontiguousarray(solution.scales.T),  # (G, N)
+        "g_idx": solution.g_idx.astype(np.int32),
+    }
+
+
+class QuantizedFolderWriter:
+    """Fills a new folder: first what stays dense, then one linear after another as the solver finishes it."""
+
+    def __init__(self, folder: Path, source: Checkpoint, quantization: QuantizeConfig) -> None:
+        self.quantization, config, weights = quantization, source.config, source.weights
+        self._biased = [name for name, linear in weights.linears.items() if linear.bias is not None]
+        layout = tensor_layout(config, quantization)
+        for name in self._biased:
+            layout[f"{name}.bias"] = (np.dtype(np.float16), weights.linears[name].bias.shape)
+        write_configs(folder, source, quantization)
+        self._file = TensorFileWriter(folder / "model.safetensors", layout)
+        self._file.write("model.embed_tokens.weight", to_half(weights.embedding, "model.embed_tokens.weight"))
+        for name, norm in weights.norms.items():
+            self._file.write(f"{name}.weight", to_half(norm, name))
+        if not config.tie_word_embeddings:
+            self._file.write("lm_head.weight", to_half(weights.head, "lm_head.weight"))
+        for name in self._biased:
+            self._file.write(f"{name}.bias", to_half(weights.linears[name].bias, name))
+
+    def write(self, name: str, solution: Solution) -> None:
+        for part, tensor in gptq_tensors(solution, self.quantization).items():
+            self._file.write(f"{name}.{part}", tensor)
+
+    def __enter__(self) -> QuantizedFolderWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(*error)
+
+
+def to_half(array: np.ndarray, name: str) -> np.ndarray:
+    """fp16, refusing values that would become infinite."""
+    if array.dtype == np.float16:
+        return array
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise TinyGPTQError(f"tensor {name} holds values that fp16 cannot (NaN, or beyond 65504)")
+    return half
+
+
+def write_configs(folder: Path, source: Checkpoint, quantization: QuantizeConfig) -> None:
+    """Both configs and the tokenizer's files."""
+    facts = quantization.to_dict(model_name=source.folder.resolve().name)
+    raw = read_json(source.folder / "config.json")
+    raw.pop("quantization_config", None)
+    raw["torch_dtype"] = "float16"
+    raw.pop("dtype", None)
+    write_json(folder / "quantize_config.json", facts)
+    write_json(folder / "config.json", {**raw, "quantization_config": facts})
+    for name in COMPANIONS:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

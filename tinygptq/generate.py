@@ -1,0 +1,86 @@
+"""Text from an engine, token by token: prefill, draw, decode, stop, stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from tinygptq.errors import TinyGPTQError
+from tinygptq.sampling import Sampler
+
+
+class Engine(Protocol):
+    """What runs a model for one sequence: the same interface on every device. The KV cache inside owns the position."""
+
+    capacity: int
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        """Append tokens int [T]; the logits after the last one, float32 [vocab]."""
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token; the logits after it, float32 [vocab], valid until the next call."""
+
+
+def generate_ids(
+    engine: Engine, prompt: Sequence[int], sampler: Sampler, max_new_tokens: int, eos_token_ids: tuple[int, ...]
+) -> Iterator[int]:
+    """Yield new token ids until one of ``eos_token_ids`` (not yielded) or ``max_new_tokens``.
+
+    Raises:
+        TinyGPTQError: an empty prompt, or prompt and answer together longer than the engine's context.
+    """
+    if len(prompt) == 0:
+        raise TinyGPTQError("the prompt holds no tokens")
+    if len(prompt) >= engine.capacity:
+        raise TinyGPTQError(f"the prompt's {len(prompt)} tokens fill the context of {engine.capacity}; shorten it")
+    max_new_tokens = min(max_new_tokens, engine.capacity - len(prompt))
+    sampler.observe(list(prompt))
+    engine.reset()
+    logits = engine.prefill(np.asarray(prompt))
+    for step in range(max_new_tokens):
+        token = sampler.draw(logits)
+        if token in eos_token_ids:
+            return
+        yield token
+        if step + 1 < max_new_tokens:
+            logits = engine.decode(token)
+
+
+class StopStrings:
+    """Cuts a stream of text before the first stop string, holding back only what could be the start of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """The text that is now certain to come before any stop string."""
+        self._held += piece
+        at = min((i for i in (self._held.find(stop) for stop in self._stops) if i >= 0), default=-1)
+        if at >= 0:
+            self.found = True
+            text, self._held = self._held[:at], ""
+            return text
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        split = len(self._held) - keep
+        text, self._held = self._held[:split], self._held[split:]
+        return text
+
+    def flush(self) -> str:
+        """What was held back, when the text ends without a stop string."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a proper beginning of ``stop``."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0

@@ -1,0 +1,123 @@
+"""LLaMA's forward pass: the definition. Opens no file, knows no kernel by name.
+
+Read it bottom-up. :class:`Llama` holds arrays and two functions it was given: ``linear(x, layer)`` and
+``attention(q, k, v)``. With the defaults from ops.py it is plain NumPy (or CuPy: the arrays decide); an engine hands in
+faster twins. A block is four stages, each named after what it makes: the input that one set of linears shares. GPTQ
+calibrates exactly those inputs, so quantize.py walks the same four functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tinygptq import ops
+from tinygptq.config import LlamaConfig
+from tinygptq.errors import TinyGPTQError
+from tinygptq.kvcache import KVCache
+from tinygptq.weights import DenseLinear, Linear, Weights
+
+
+class Llama:
+    """A LLaMA over arrays.
+
+    Args:
+        linear: ``(x float32 [..., K], layer) -> float32 [..., N]``.
+        attention: ``(q [B, H, T, D], k [B, G, S, D], v [B, G, S, D]) -> [B, T, H * D]``, causal.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: Weights,
+        linear: Callable[[np.ndarray, Linear], np.ndarray] = ops.linear,
+        attention: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] = ops.causal_attention,
+    ) -> None:
+        self.config, self.weights, self._linear, self._attention = config, weights, linear, attention
+        self._head = DenseLinear(weights.head)
+        self._norms = {name: norm.astype(np.float32) for name, norm in weights.norms.items()}
+
+    # ------------------------------------------------------------------ the whole pass
+
+    def forward(self, ids: np.ndarray, cache: KVCache | None = None, last_only: bool = False) -> np.ndarray:
+        """Logits of every position, or of the last alone.
+
+        Args:
+            ids: int [B, T], each below vocab_size. cache: where earlier tokens are and these are appended, or None.
+
+        Returns:
+            float32 [B, T, vocab], or [B, 1, vocab] with ``last_only``.
+        """
+        h = self.hidden(ids, cache)  # (B, T, C)
+        return self.logits(h[:, -1:] if last_only else h)
+
+    def hidden(self, ids: np.ndarray, cache: KVCache | None = None) -> np.ndarray:
+        """The residual stream after the last block, float32 [B, T, C]; :meth:`logits` turns any part of it into logits."""
+        h = self.embed(ids)
+        for layer in range(self.config.num_hidden_layers):
+            h = self.block(layer, h, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return h
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """int [B, T] -> float32 [B, T, C]."""
+        if ids.ndim != 2 or ids.shape[1] == 0:
+            raise TinyGPTQError(f"token ids should have the shape [batch, tokens], found {list(ids.shape)}")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            bad = low if low < 0 else high
+            raise TinyGPTQError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
+        return self.weights.embedding[ids].astype(np.float32)
+
+    def block(self, layer: int, h: np.ndarray, cache: KVCache | None = None) -> np.ndarray:
+        """One transformer block, float32 [B, T, C] -> [B, T, C]: attention and MLP, each added to the residual stream."""
+        h = h + self.linear(layer, "self_attn.o_proj", self.attention_mix(layer, self.attention_input(layer, h), cache))
+        h = h + self.linear(layer, "mlp.down_proj", self.mlp_mix(layer, self.mlp_input(layer, h)))
+        return h
+
+    def logits(self, h: np.ndarray) -> np.ndarray:
+        """float32 [B, T, C] -> [B, T, vocab]: final norm, then the head."""
+        x = ops.rms_norm(h, self._norms["model.norm"], self.config.rms_norm_eps)
+        return self._linear(x, self._head)
+
+    # ------------------------------------------------------------------ the four stages of a block
+
+    def attention_input(self, layer: int, h: np.ndarray) -> np.ndarray:
+        """The input q_proj, k_proj and v_proj share, [B, T, C]."""
+        return ops.rms_norm(h, self._norms[f"model.layers.{layer}.input_layernorm"], self.config.rms_norm_eps)
+
+    def attention_mix(self, layer: int, x: np.ndarray, cache: KVCache | None = None) -> np.ndarray:
+        """The input of o_proj: every head's mixture of values, [B, T, H * D]."""
+        config, tokens = self.config, x.shape[1]
+        start = 0 if cache is None else cache.length
+        if cache is not None:
+            cache.require(tokens)
+        q = self._heads(layer, "self_attn.q_proj", x, config.num_attention_heads)  # (B, H, T, D)
+        k = self._heads(layer, "self_attn.k_proj", x, config.num_key_value_heads)  # (B, G, T, D)
+        v = self._heads(layer, "self_attn.v_proj", x, config.num_key_value_heads)  # (B, G, T, D)
+        frequencies = ops.array_module(x).asarray(ops.rope_frequencies(config, start + tokens))
+        cos, sin = ops.rope_tables(frequencies, start, tokens)  # (T, D/2)
+        q, k = ops.apply_rope(q, cos, sin), ops.apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, G, S, D)
+        return self._attention(q, k, v)  # (B, T, H*D)
+
+    def mlp_input(self, layer: int, h: np.ndarray) -> np.ndarray:
+        """The input gate_proj and up_proj share, [B, T, C]."""
+        return ops.rms_norm(h, self._norms[f"model.layers.{layer}.post_attention_layernorm"], self.config.rms_norm_eps)
+
+    def mlp_mix(self, layer: int, x: np.ndarray) -> np.ndarray:
+        """The input of down_proj: SiLU(gate) * up, [B, T, I] (SwiGLU, Shazeer 2020)."""
+        return ops.silu(self.linear(layer, "mlp.gate_proj", x)) * self.linear(layer, "mlp.up_proj", x)
+
+    # ------------------------------------------------------------------ the parts
+
+    def linear(self, layer: int, name: str, x: np.ndarray) -> np.ndarray:
+        """Apply the linear ``model.layers.{layer}.{name}`` to float32 [..., K]."""
+        return self._linear(x, self.weights.linears[f"model.layers.{layer}.{name}"])
+
+    def _heads(self, layer: int, name: str, x: np.ndarray, heads: int) -> np.ndarray:
+        batch, tokens, _ = x.shape
+        return self.linear(layer, name, x).reshape(batch, tokens, heads, -1).swapaxes(1, 2)  # (B, heads, T, D)
