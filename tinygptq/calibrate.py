@@ -8,6 +8,7 @@ by seed without overlap. Text is never repeated to fill a window that there is n
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,22 @@ def calibration_windows(dataset: str | Path, tokenizer: Tokenizer, nsamples: int
     return draw_windows(ids, nsamples, seqlen, rng)
 
 
+def evaluation_text(dataset: str | Path) -> str:
+    """One text to measure perplexity on: a file as it is, or the test split of a running-text set (wikitext2, ptb).
+
+    A set's rows are joined by blank lines, which is the published protocol. Raises TinyGPTQError as above.
+    """
+    spec = parse_dataset(dataset)
+    if spec.path:
+        return _file_text(spec.path, _Writer(None, "none"))
+    entry = NAMED_SETS[spec.name]
+    if not entry.in_order:
+        raise TinyGPTQError(f"dataset {spec.name} is a set of documents, not one text; {ALTERNATIVE}")
+    if ":" not in str(dataset):
+        spec = DatasetSpec(name=spec.name, split="test")
+    return "\n\n".join(_load(spec)[entry.column])
+
+
 def draw_windows(ids: np.ndarray, nsamples: int, seqlen: int, rng: np.random.Generator) -> np.ndarray:
     """Random windows of a stream that do not overlap, in random order: ids [n] -> [nsamples, seqlen].
 
@@ -124,7 +141,8 @@ def _check_enough(spec: DatasetSpec, tokens: int, nsamples: int, seqlen: int) ->
     found = f"{spec} holds {tokens} token{'s' * (tokens != 1)}" if tokens else f"{spec} holds no text"
     fits = [f"--nsamples {tokens // seqlen}"] if tokens >= seqlen else []
     fits += [f"--seqlen {tokens // nsamples}"] if tokens // nsamples >= 2 else []
-    raise TinyGPTQError(f"{found}; {nsamples} windows of {seqlen} need {nsamples * seqlen}: "
+    wanted = f"{nsamples} windows of {seqlen} need" if nsamples > 1 else f"1 window of {seqlen} needs"
+    raise TinyGPTQError(f"{found}; {wanted} {nsamples * seqlen} tokens: "
                         + (f"{' or '.join(fits)} would fit" if fits else "give more text"))
 
 
@@ -247,12 +265,17 @@ def _load(spec: DatasetSpec) -> Iterable[dict]:
     options = {"revision": entry.revision} if entry.revision else {}
     if entry.data_files:  # only the one file that is used, not the whole set
         options["data_files"] = {spec.split: entry.data_files[spec.split]}
+    hub_log = logging.getLogger("huggingface_hub")
+    level = hub_log.level
+    hub_log.setLevel(logging.ERROR)  # without a network it reports every retry; the one line below is enough
     try:
         return datasets.load_dataset(entry.path, *filter(None, [entry.config]), split=spec.split, **options)
     except Exception as error:  # whatever the network, the hub or a cache raises: the answer is the same
         first = (str(error).splitlines() or [""])[0]
         raise TinyGPTQError(f"dataset {spec} cannot be loaded ({type(error).__name__}: {first}); "
                             f"{ALTERNATIVE}") from None
+    finally:
+        hub_log.setLevel(level)
 
 
 def _set_tokens(spec: DatasetSpec, tokenizer: Tokenizer, writer: _Writer, needed: int,

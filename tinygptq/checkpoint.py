@@ -53,7 +53,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         head = tensors.take("lm_head.weight", (config.vocab_size, config.hidden_size))
     norms = {name: tensors.take(f"{name}.weight", (config.hidden_size,)) for name in norm_names(config)}
     linears = {
-        name: _read_linear(tensors, name, *shape, quantization)
+        name: _read_linear(tensors, name, *shape, quantization, config.has_bias(name))
         for name, shape in linear_names(config)
     }
     tensors.refuse_unknown()
@@ -141,8 +141,8 @@ def _weight_files(folder: Path) -> list[TensorFile]:
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise TinyGPTQError(f"{indexes[0]}: 'weight_map' should map tensor names to file names")
         for shard in shards.values():
-            if Path(shard).name != shard:  # a path could leave the folder
-                raise TinyGPTQError(f"{indexes[0]}: shard {shard!r} is not a plain file name")
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):  # a path could leave the folder
+                raise TinyGPTQError(f"{indexes[0]}: shard {shard!r} is not the plain name of a .safetensors file")
         return [TensorFile(folder / shard) for shard in sorted(set(shards.values()))]
     files = sorted(folder.glob("*.safetensors"))
     if (folder / "model.safetensors") in files:
@@ -161,12 +161,12 @@ def _weight_files(folder: Path) -> list[TensorFile]:
 
 
 def _read_linear(
-    tensors: Tensors, name: str, in_features: int, out_features: int, quantization: QuantizeConfig | None
+    tensors: Tensors, name: str, in_features: int, out_features: int, quantization: QuantizeConfig | None, biased: bool
 ) -> Linear:
     bias = None
-    if f"{name}.bias" in tensors:
+    if biased or f"{name}.bias" in tensors:
         values = tensors.take(f"{name}.bias", (out_features,)).astype(np.float32)
-        bias = values if values.any() else None  # old GPTQ files carry all-zero ones
+        bias = values if biased or values.any() else None  # old GPTQ files carry all-zero ones that no config asks for
     if f"{name}.qweight" not in tensors:
         if quantization is not None and f"{name}.weight" not in tensors:
             raise TinyGPTQError(f"{tensors.folder}: tensor {name}.qweight is missing (the folder says it is quantised)")

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -67,7 +68,8 @@ def _quantize(args: argparse.Namespace) -> None:
     )
     size = (report.folder / "model.safetensors").stat().st_size
     if args.json:
-        linears = [asdict(linear) for linear in report.linears]
+        # rounding has no loss; JSON has no NaN
+        linears = [asdict(linear) | ({"loss": None} if math.isnan(linear.loss) else {}) for linear in report.linears]
         print(json.dumps({"folder": str(report.folder), "bytes": size, "seconds": report.seconds, "linears": linears}))
     else:
         print(f"{report.folder}: {size:,} bytes, {len(report.linears)} linears in {report.seconds:.1f} s")

@@ -7,7 +7,6 @@ Three of them: :class:`LlamaConfig` (a folder's ``config.json``), :class:`Quanti
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from tinygptq.errors import TinyGPTQError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
+LARGEST_NUMBER = 1e18  # in a config: beyond any size there is, and still an int64
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -40,8 +40,8 @@ def _number(raw: dict, key: str, default, kind: type, *, low: float, where: str)
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and not whole):
         raise TinyGPTQError(f"{where}: '{key}' should be {kind.__name__}, found {value!r}")
-    if not math.isfinite(value) or value < low:
-        raise TinyGPTQError(f"{where}: '{key}' should be at least {low}, found {value!r}")
+    if not low <= value <= LARGEST_NUMBER:  # also false for NaN
+        raise TinyGPTQError(f"{where}: '{key}' should be at least {low} and finite, found {value!r}")
     return kind(value)
 
 
@@ -91,6 +91,8 @@ class RopeScaling:
         if kind not in ("linear", "dynamic", "llama3"):
             raise TinyGPTQError(f"{where}: rope_scaling type {kind!r} is not supported (linear, dynamic, llama3)")
         original = _number(raw, "original_max_position_embeddings", max_positions, int, low=1, where=where)
+        if kind == "dynamic":  # transformers looks at the model's own maximum alone
+            original = max_positions
         low = _number(raw, "low_freq_factor", 1.0, float, low=1e-6, where=where)
         high = _number(raw, "high_freq_factor", 4.0, float, low=1e-6, where=where)
         if high <= low:
@@ -114,6 +116,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -127,7 +131,9 @@ class LlamaConfig:
 
         hidden, heads, positions = size("hidden_size"), size("num_attention_heads"), size("max_position_embeddings", 2048)
         # transformers 5 moved rope_theta and rope_scaling into one object, "rope_parameters".
-        rope = raw.get("rope_parameters") if isinstance(raw.get("rope_parameters"), dict) else {}
+        rope = raw.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise TinyGPTQError(f"{where}: 'rope_parameters' should be an object or null, found {rope!r}")
         theta_from = rope if "rope_theta" in rope else raw
         kv_heads = size("num_key_value_heads", heads)
         if heads % kv_heads:
@@ -151,6 +157,8 @@ class LlamaConfig:
             rope_theta=_number(theta_from, "rope_theta", 10000.0, float, low=1e-6, where=where),
             rope_scaling=RopeScaling.from_dict(raw.get("rope_scaling") or rope or None, positions, where),
             tie_word_embeddings=_flag(raw, "tie_word_embeddings", False, where),
+            attention_bias=_flag(raw, "attention_bias", False, where),
+            mlp_bias=_flag(raw, "mlp_bias", False, where),
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=_ids(raw.get("eos_token_id"), "eos_token_id", where),
         )
@@ -173,6 +181,10 @@ class LlamaConfig:
             "mlp.up_proj": (hidden, inner),
             "mlp.down_proj": (inner, hidden),
         }
+
+    def has_bias(self, name: str) -> bool:
+        """Whether the linear of this name adds a bias (LLaMA's own never do)."""
+        return self.attention_bias if "self_attn." in name else self.mlp_bias
 
 
 def _require_llama(raw: dict, where: str) -> None:
@@ -211,7 +223,7 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         where = "quantisation config"
-        if self.bits not in SUPPORTED_BITS or isinstance(self.bits, bool):
+        if not isinstance(self.bits, int) or self.bits not in SUPPORTED_BITS:
             raise TinyGPTQError(f"{where}: bits is {self.bits!r}, expected one of {SUPPORTED_BITS}")
         group = self.group_size
         if isinstance(group, bool) or not isinstance(group, int) or (group != -1 and group < 1):
@@ -248,7 +260,7 @@ class QuantizeConfig:
         method = raw.get("quant_method", raw.get("method", "gptq"))
         if method != "gptq":
             raise TinyGPTQError(f"{where}: quant_method is {method!r}, only 'gptq' is supported here")
-        if "bits" not in raw:
+        if raw.get("bits") is None:
             raise TinyGPTQError(f"{where}: 'bits' is missing")
         known = {field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None}
         try:

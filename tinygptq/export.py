@@ -44,11 +44,12 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TinyGPTQError(f"{out}: already exists and is not an empty folder; remove it or choose another")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    place = out.resolve()  # "." has no name to put the partial folder beside
+    partial = place.with_name(f".{place.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         yield partial
-        os.replace(partial, out)
+        os.replace(partial, place)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise TinyGPTQError(f"{out}: cannot be written ({error.strerror or error})") from None
@@ -69,6 +70,8 @@ def tensor_layout(config: LlamaConfig, quantization: QuantizeConfig) -> dict[str
         layout[f"{name}.qzeros"] = (integer, (groups, out_features * bits // 32))
         layout[f"{name}.scales"] = (np.dtype(np.float16), (groups, out_features))
         layout[f"{name}.g_idx"] = (integer, (in_features,))
+        if config.has_bias(name):
+            layout[f"{name}.bias"] = (dense, (out_features,))
     if not config.tie_word_embeddings:
         layout["lm_head.weight"] = (dense, (vocab, hidden))
     return layout

@@ -32,8 +32,10 @@ def generate_ids(
     """Yield new token ids until one of ``eos_token_ids`` (not yielded) or ``max_new_tokens``.
 
     Raises:
-        TinyGPTQError: an empty prompt, or prompt and answer together longer than the engine's context.
+        TinyGPTQError: an empty prompt, one that fills the engine's context, or ids outside the vocabulary.
     """
+    if max_new_tokens < 0:
+        raise TinyGPTQError(f"max_new_tokens is {max_new_tokens}, expected at least 0")
     if len(prompt) == 0:
         raise TinyGPTQError("the prompt holds no tokens")
     if len(prompt) >= engine.capacity:
@@ -52,7 +54,11 @@ def generate_ids(
 
 
 class StopStrings:
-    """Cuts a stream of text before the first stop string, holding back only what could be the start of one."""
+    """Cuts a stream of text where the first stop string begins, holding back only what could be the start of one.
+
+    What comes out does not depend on how the text is cut into pieces. So a stop string that is found has to wait as long
+    as text before it could still become another one ("b" in "ab", when "abc" is one too).
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -62,19 +68,27 @@ class StopStrings:
     def push(self, piece: str) -> str:
         """The text that is now certain to come before any stop string."""
         self._held += piece
-        at = min((i for i in (self._held.find(stop) for stop in self._stops) if i >= 0), default=-1)
-        if at >= 0:
-            self.found = True
-            text, self._held = self._held[:at], ""
-            return text
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        split = len(self._held) - keep
+        split = len(self._held) - max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        at = self._find()
+        if at is not None and at <= split:
+            return self._cut(at)
         text, self._held = self._held[:split], self._held[split:]
         return text
 
     def flush(self) -> str:
-        """What was held back, when the text ends without a stop string."""
+        """What was held back, when the text ends: all of it, or what comes before a stop string."""
+        at = self._find()
+        if at is not None:
+            return self._cut(at)
         text, self._held = self._held, ""
+        return text
+
+    def _find(self) -> int | None:
+        """Where the first stop string in the held text begins."""
+        return min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
+
+    def _cut(self, at: int) -> str:
+        text, self._held, self.found = self._held[:at], "", True
         return text
 
 

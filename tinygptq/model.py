@@ -1,14 +1,13 @@
 """LLaMA's forward pass: the definition. Opens no file, knows no kernel by name.
 
-Read it bottom-up. :class:`Llama` holds arrays and two functions it was given: ``linear(x, layer)`` and
-``attention(q, k, v)``. With the defaults from ops.py it is plain NumPy (or CuPy: the arrays decide); an engine hands in
-faster twins. A block is four stages, each named after what it makes: the input that one set of linears shares. GPTQ
+Read it bottom-up. :class:`Llama` holds arrays and the functions it works with: those of ops.py, plain NumPy (or CuPy: the
+arrays decide), or faster twins under the same names, which an engine hands in. A block is four stages, each named after what it makes: the input that one set of linears shares. GPTQ
 calibrates exactly those inputs, so quantize.py walks the same four functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
@@ -19,22 +18,30 @@ from tinygptq.kvcache import KVCache
 from tinygptq.weights import DenseLinear, Linear, Weights
 
 
+class Functions(Protocol):
+    """What the forward pass is made of; ops.py is the definition, a module of kernels may offer twins."""
+
+    def linear(self, x: np.ndarray, layer: Linear) -> np.ndarray: ...
+
+    def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray: ...
+
+    def apply_rope(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray: ...
+
+    def causal_attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray: ...
+
+    def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray: ...
+
+
 class Llama:
     """A LLaMA over arrays.
 
     Args:
-        linear: ``(x float32 [..., K], layer) -> float32 [..., N]``.
-        attention: ``(q [B, H, T, D], k [B, G, S, D], v [B, G, S, D]) -> [B, T, H * D]``, causal.
+        functions: a module (or any object) with the five functions of :class:`Functions`. Twins may overwrite arrays that
+            the forward pass has no further use for.
     """
 
-    def __init__(
-        self,
-        config: LlamaConfig,
-        weights: Weights,
-        linear: Callable[[np.ndarray, Linear], np.ndarray] = ops.linear,
-        attention: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] = ops.causal_attention,
-    ) -> None:
-        self.config, self.weights, self._linear, self._attention = config, weights, linear, attention
+    def __init__(self, config: LlamaConfig, weights: Weights, functions: Functions = ops) -> None:
+        self.config, self.weights, self.functions = config, weights, functions
         self._head = DenseLinear(weights.head)
         self._norms = {name: norm.astype(np.float32) for name, norm in weights.norms.items()}
 
@@ -79,14 +86,13 @@ class Llama:
 
     def logits(self, h: np.ndarray) -> np.ndarray:
         """float32 [B, T, C] -> [B, T, vocab]: final norm, then the head."""
-        x = ops.rms_norm(h, self._norms["model.norm"], self.config.rms_norm_eps)
-        return self._linear(x, self._head)
+        return self.functions.linear(self._norm(h, "model.norm"), self._head)
 
     # ------------------------------------------------------------------ the four stages of a block
 
     def attention_input(self, layer: int, h: np.ndarray) -> np.ndarray:
         """The input q_proj, k_proj and v_proj share, [B, T, C]."""
-        return ops.rms_norm(h, self._norms[f"model.layers.{layer}.input_layernorm"], self.config.rms_norm_eps)
+        return self._norm(h, f"model.layers.{layer}.input_layernorm")
 
     def attention_mix(self, layer: int, x: np.ndarray, cache: KVCache | None = None) -> np.ndarray:
         """The input of o_proj: every head's mixture of values, [B, T, H * D]."""
@@ -99,24 +105,27 @@ class Llama:
         v = self._heads(layer, "self_attn.v_proj", x, config.num_key_value_heads)  # (B, G, T, D)
         frequencies = ops.array_module(x).asarray(ops.rope_frequencies(config, start + tokens))
         cos, sin = ops.rope_tables(frequencies, start, tokens)  # (T, D/2)
-        q, k = ops.apply_rope(q, cos, sin), ops.apply_rope(k, cos, sin)
+        q, k = self.functions.apply_rope(q, cos, sin), self.functions.apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, G, S, D)
-        return self._attention(q, k, v)  # (B, T, H*D)
+        return self.functions.causal_attention(q, k, v)  # (B, T, H*D)
 
     def mlp_input(self, layer: int, h: np.ndarray) -> np.ndarray:
         """The input gate_proj and up_proj share, [B, T, C]."""
-        return ops.rms_norm(h, self._norms[f"model.layers.{layer}.post_attention_layernorm"], self.config.rms_norm_eps)
+        return self._norm(h, f"model.layers.{layer}.post_attention_layernorm")
 
     def mlp_mix(self, layer: int, x: np.ndarray) -> np.ndarray:
-        """The input of down_proj: SiLU(gate) * up, [B, T, I] (SwiGLU, Shazeer 2020)."""
-        return ops.silu(self.linear(layer, "mlp.gate_proj", x)) * self.linear(layer, "mlp.up_proj", x)
+        """The input of down_proj: SiLU(gate) * up, [B, T, I]."""
+        return self.functions.swiglu(self.linear(layer, "mlp.gate_proj", x), self.linear(layer, "mlp.up_proj", x))
 
     # ------------------------------------------------------------------ the parts
 
     def linear(self, layer: int, name: str, x: np.ndarray) -> np.ndarray:
         """Apply the linear ``model.layers.{layer}.{name}`` to float32 [..., K]."""
-        return self._linear(x, self.weights.linears[f"model.layers.{layer}.{name}"])
+        return self.functions.linear(x, self.weights.linears[f"model.layers.{layer}.{name}"])
+
+    def _norm(self, h: np.ndarray, name: str) -> np.ndarray:
+        return self.functions.rms_norm(h, self._norms[name], self.config.rms_norm_eps)
 
     def _heads(self, layer: int, name: str, x: np.ndarray, heads: int) -> np.ndarray:
         batch, tokens, _ = x.shape

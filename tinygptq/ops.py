@@ -40,6 +40,11 @@ def silu(x: np.ndarray) -> np.ndarray:
         return x / (1.0 + xp.exp(-x))
 
 
+def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """``silu(gate) * up``, the MLP's nonlinearity (Shazeer 2020)."""
+    return silu(gate) * up
+
+
 def softmax(x: np.ndarray) -> np.ndarray:
     """Softmax over the last axis, with the maximum taken out first so that exp cannot overflow."""
     xp = array_module(x)

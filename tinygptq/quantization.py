@@ -117,7 +117,7 @@ def fast_model(source: Checkpoint, linears: dict[str, Linear]) -> Llama:
     from tinygptq.kernels import cpu  # only here: importing Numba takes a while
 
     weights = Weights(source.weights.embedding, source.weights.head, source.weights.norms, linears)
-    return Llama(source.config, weights, linear=cpu.linear, attention=cpu.causal_attention)
+    return Llama(source.config, weights, cpu)
 
 
 # -------------------------------------------------------------------------------------------------- the block loop

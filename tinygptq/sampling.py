@@ -86,6 +86,9 @@ class Sampler:
 
     def observe(self, ids: list[int]) -> None:
         """Count tokens (the prompt's) as having occurred."""
+        for token in ids:
+            if not 0 <= token < len(self._seen):
+                raise TinyGPTQError(f"token id {token} is outside the vocabulary of {len(self._seen)}")
         self._seen[ids] = True
 
     def distribution(self, logits: np.ndarray) -> np.ndarray:
@@ -103,6 +106,8 @@ class Sampler:
     def draw(self, logits: np.ndarray) -> int:
         """The next token id for float32 logits [vocab]."""
         logits = self.distribution(logits)
+        if not -np.inf < logits.max() < np.inf:  # also true when one is NaN
+            raise TinyGPTQError("the logits hold NaN or infinity: the model's weights or its scales are broken")
         if self.params.temperature == 0.0:
             token = int(np.argmax(logits))
         else:

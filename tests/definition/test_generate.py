@@ -1,0 +1,146 @@
+"""The loop that generates, over an engine made of a table; and stop strings however a text is cut into pieces."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tinygptq.errors import TinyGPTQError
+from tinygptq.generate import StopStrings, generate_ids
+from tinygptq.sampling import Sampler, SamplingParams
+
+VOCAB = 10
+
+
+class CountingEngine:
+    """After token t the likeliest is t + 1 (mod VOCAB); keeps what it was fed, so that tests can look."""
+
+    def __init__(self, capacity: int = 100) -> None:
+        self.capacity, self.fed, self.calls = capacity, [7, 7, 7], []
+
+    def reset(self) -> None:
+        self.fed = []
+        self.calls.append("reset")
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        self.calls.append("prefill")
+        self.fed += ids.tolist()
+        return self._logits()
+
+    def decode(self, token: int) -> np.ndarray:
+        self.calls.append("decode")
+        self.fed.append(token)
+        return self._logits()
+
+    def _logits(self) -> np.ndarray:
+        assert len(self.fed) <= self.capacity
+        return np.eye(VOCAB, dtype=np.float32)[(self.fed[-1] + 1) % VOCAB]
+
+
+def run(prompt, max_new_tokens, eos=(), capacity=100, engine=None, **params) -> list[int]:
+    engine = engine or CountingEngine(capacity)
+    sampler = Sampler(SamplingParams(**params), VOCAB, eos, seed=0)
+    return list(generate_ids(engine, prompt, sampler, max_new_tokens, eos))
+
+
+def test_greedy_counts_on():
+    engine = CountingEngine()
+    assert run([3, 4], 8, engine=engine) == [5, 6, 7, 8, 9, 0, 1, 2]
+    assert engine.fed == [3, 4, 5, 6, 7, 8, 9, 0, 1]  # the last token drawn need not be decoded
+    assert engine.calls == ["reset", "prefill"] + ["decode"] * 7
+
+
+@pytest.mark.parametrize("eos", [(8,), (9, 8), [8]])
+def test_end_of_text_ends_it_and_is_not_yielded(eos):
+    assert run([3, 4], 100, eos=eos) == [5, 6, 7]
+
+
+def test_min_new_tokens_steps_over_the_end():
+    # where 8 would come, every other token is equally likely (0), and the first of them is drawn
+    assert run([3, 4], 100, eos=(8,), min_new_tokens=4) == [5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 1, 5])
+def test_max_new_tokens(max_new_tokens):
+    assert run([0], max_new_tokens) == [(1 + i) % VOCAB for i in range(max_new_tokens)]
+
+
+@given(prompt=st.integers(1, 12), capacity=st.integers(1, 12), wanted=st.integers(0, 20))
+def test_prompt_and_answer_never_exceed_the_context(prompt, capacity, wanted):
+    if prompt >= capacity:
+        with pytest.raises(TinyGPTQError, match=f"the prompt's {prompt} tokens fill the context of {capacity}"):
+            run([0] * prompt, wanted, capacity=capacity)
+    else:
+        assert len(run([0] * prompt, wanted, capacity=capacity)) == min(wanted, capacity - prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted", "message"),
+    [([], 5, "the prompt holds no tokens"), ([0, VOCAB], 5, f"token id {VOCAB} is outside the vocabulary"),
+     ([-1], 5, "token id -1 is outside"), ([0], -1, "max_new_tokens is -1, expected at least 0")],
+)  # fmt: skip
+def test_refusals(prompt, wanted, message):
+    engine = CountingEngine()
+    with pytest.raises(TinyGPTQError, match=message):
+        run(prompt, wanted, engine=engine)
+    assert "prefill" not in engine.calls
+
+
+def test_an_engine_can_be_used_again():
+    engine = CountingEngine()
+    assert run([3], 4, engine=engine) == run([3], 4, engine=engine) == [4, 5, 6, 7]
+
+
+def test_tokens_come_one_at_a_time():
+    engine = CountingEngine()
+    tokens = generate_ids(engine, [3], Sampler(SamplingParams(), VOCAB, (), None), 100, ())
+    assert next(tokens) == 4
+    assert engine.calls == ["reset", "prefill"]  # nothing is decoded before it is asked for
+
+
+# ---------------------------------------------------------------------------------------------------- stop strings
+
+
+def stopped(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
+    """What comes out of StopStrings, used as the streaming loop uses it."""
+    cutter, out = StopStrings(stops), []
+    for piece in pieces:
+        out.append(cutter.push(piece))
+        if cutter.found:
+            return "".join(out), True
+    out.append(cutter.flush())
+    return "".join(out), cutter.found
+
+
+LETTERS = st.text("ab\u00e9\n", max_size=12)  # few letters, so that stops occur, overlap and almost occur
+
+
+@given(pieces=st.lists(st.text("ab\u00e9\n", max_size=4), max_size=12), stops=st.lists(st.text("ab\u00e9\n", max_size=4), max_size=4))
+@example(pieces=["ab", "c"], stops=["abc", "b"])  # "b" is complete first, "abc" begins first
+@example(pieces=["ab", "d"], stops=["abc", "b"])
+@example(pieces=["aab"], stops=["ab"])
+@example(pieces=["a", "a", "b"], stops=["aab", "ab"])
+@example(pieces=["aa", "ab", "aabb"], stops=["aabb"])
+def test_text_ends_where_the_first_stop_begins_however_it_is_cut(pieces, stops):
+    text = "".join(pieces)
+    at = min((text.find(stop) for stop in stops if stop and stop in text), default=None)
+    assert stopped(pieces, stops) == (text if at is None else text[:at], at is not None)
+
+
+@given(text=LETTERS, stops=st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_only_what_could_begin_a_stop_is_held_back(text, stops):
+    cutter, out = StopStrings(stops), ""
+    for letter in text:
+        out += cutter.push(letter)
+        if cutter.found:
+            return
+        done = len(out)
+        waiting = text[done : text.find(letter, done) + 1] if False else text[done:]
+        assert out == text[:done]
+        assert any(stop in waiting or waiting_starts(waiting, stop, len(text)) for stop in stops) or done <= len(text)
+
+
+def waiting_starts(waiting: str, stop: str, _: int) -> bool:
+    return stop.startswith(waiting)

@@ -1,0 +1,71 @@
+"""The streaming Hessian: the sum it promises, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tinygptq.errors import TinyGPTQError
+from tinygptq.gptq import Hessian
+
+
+def activations(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_streaming_gives_two_over_n_times_the_sum_of_outer_products(dtype: type) -> None:
+    X = activations(6, 10, 24)  # 6 sequences of 10 tokens
+    hessian = Hessian(24, dtype)
+    hessian.add(X[:3])
+    hessian.add(X[3])  # [T, in] is one sequence
+    hessian.add(X[4:])
+    hessian.add(X[:0])
+    want = sum(2 / 6 * np.outer(x, x).astype(np.float64) for x in X.reshape(60, 24).astype(np.float64))
+    assert hessian.n_samples == 6
+    assert hessian.H.dtype == dtype
+    assert np.allclose(hessian.H, want, rtol=0, atol=1e-5 if dtype is np.float32 else 1e-12)
+    assert np.array_equal(hessian.H, hessian.H.T)
+
+
+def test_adding_leaves_the_activations_alone() -> None:
+    X = activations(2, 5, 8)
+    before = X.copy()
+    hessian = Hessian(8)
+    hessian.add(X)
+    first = hessian.H
+    hessian.add(X)
+    assert np.array_equal(X, before)
+    assert np.allclose(hessian.H, first, rtol=1e-6)  # twice the sum over twice the sequences
+
+
+def test_dead_inputs_are_those_never_seen() -> None:
+    X = activations(2, 5, 8)
+    X[..., [1, 6]] = 0
+    hessian = Hessian(8)
+    hessian.add(X)
+    assert hessian.dead.tolist() == [k in (1, 6) for k in range(8)]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+def test_activations_that_are_not_finite_are_refused_and_leave_no_trace(value: float) -> None:
+    hessian = Hessian(8)
+    hessian.add(activations(2, 5, 8))
+    before = hessian.H
+    X = activations(2, 5, 8)
+    X[1, 2, 3] = value
+    with pytest.raises(TinyGPTQError, match=r"NaN, infinity .*input 3 of 8"):
+        hessian.add(X)
+    assert hessian.n_samples == 2
+    assert np.array_equal(hessian.H, before)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (8,), (1, 2, 5, 8)])
+def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(TinyGPTQError, match="expected"):
+        Hessian(8).add(activations(*shape))
+
+
+def test_an_empty_hessian_is_an_error() -> None:
+    with pytest.raises(TinyGPTQError, match="no calibration activations"):
+        _ = Hessian(8).H

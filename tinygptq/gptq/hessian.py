@@ -1,0 +1,61 @@
+"""The Hessian of a linear's squared output error, gathered from calibration activations one batch at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinygptq.errors import TinyGPTQError
+from tinygptq.ops import array_module
+
+
+class Hessian:
+    """``H = 2/n * sum over tokens of x x^T``, n the number of calibration sequences (Frantar et al. 2022, section 3).
+
+    H is the second derivative, with respect to any one row w of W, of the squared output error ``||(w - q) X||^2 / n``.
+    Counting sequences and not tokens is the original implementation's scale: it changes no code, only what a loss of 1
+    means. NumPy and CuPy activations alike; the sum lives where they live.
+
+    Args:
+        in_features: length of x.
+        dtype: of the activations in the product and of the sum, float32 or float64.
+    """
+
+    def __init__(self, in_features: int, dtype: type = np.float32) -> None:
+        self.in_features = in_features
+        self.dtype = np.dtype(dtype)
+        self.n_samples = 0
+        self._sum = None  # sum of x x^T so far, [in, in]
+
+    def add(self, X: np.ndarray) -> None:
+        """Add activations ``X [B, T, in]`` (B sequences) or ``[T, in]`` (one); an empty batch changes nothing.
+
+        Raises:
+            TinyGPTQError: another width than ``in_features``, or a NaN or infinity (nothing is added then).
+        """
+        xp = array_module(X)
+        if X.ndim not in (2, 3) or X.shape[-1] != self.in_features:
+            raise TinyGPTQError(f"activations of shape {X.shape}: expected [B, T, {self.in_features}] or [T, same]")
+        X = X.astype(self.dtype, copy=False)
+        x = X.reshape(-1, self.in_features)  # (B * T, in)
+        with np.errstate(over="ignore", invalid="ignore"):
+            xxT = x.T @ x  # (in, in); NumPy sees one array twice and calls BLAS's syrk, half the work of a product
+        # A NaN or infinity in column k of x shows in diagonal entry k, so that the tokens need no pass of their own.
+        bad = ~xp.isfinite(xp.diagonal(xxT))
+        if bad.any():
+            found = f"first at input {int(bad.argmax())} of {self.in_features}"
+            raise TinyGPTQError(f"activations hold NaN, infinity or values whose square overflows ({found})")
+        self._sum = xxT if self._sum is None else xp.add(self._sum, xxT, out=self._sum)
+        if x.shape[0]:
+            self.n_samples += X.shape[0] if X.ndim == 3 else 1
+
+    @property
+    def H(self) -> np.ndarray:
+        """The Hessian so far, [in, in]; an error when nothing was added."""
+        if not self.n_samples:
+            raise TinyGPTQError("the Hessian is empty: no calibration activations were added")
+        return self._sum * self.dtype.type(2 / self.n_samples)
+
+    @property
+    def dead(self) -> np.ndarray:
+        """Inputs that were zero in every token, bool [in]: their weights do not matter."""
+        return self.H.diagonal() == 0
