@@ -99,6 +99,19 @@ def random_llama_folder(
     return tensors
 
 
+def save_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer.json in which every byte is one token (ids 3 .. 258, after <unk>, <s> and </s>); no BOS is added."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: id for id, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 def solve_all(source: Checkpoint, config: QuantizeConfig, seed: int = 0) -> dict[str, Solution]:
     """Solve every linear by GPTQ's definition, on correlated random activations of its own."""
     rng = np.random.default_rng(seed)
@@ -125,7 +138,7 @@ def random_solutions(source: Checkpoint, config: QuantizeConfig, seed: int = 0) 
         zeros = middle if config.sym else rng.integers(least, most + 1, (rows, groups))
         solutions[name] = Solution(
             codes=rng.integers(0, 2**config.bits, (rows, columns)).astype(np.uint8),
-            scales=rng.uniform(0.001, 0.1, (rows, groups)).astype(np.float16),
+            scales=(rng.uniform(0.1, 0.5, (rows, groups)) / 2**config.bits).astype(np.float16),  # weights of 0.1 or so
             zeros=zeros.astype(np.uint16),
             g_idx=rng.permutation(g_idx) if config.desc_act and not config.static_groups else g_idx,
             loss=0.0,

@@ -108,14 +108,14 @@ def calibration_windows(dataset: str | Path, tokenizer: Tokenizer, nsamples: int
     return draw_windows(ids, nsamples, seqlen, rng)
 
 
-def evaluation_text(dataset: str | Path) -> str:
+def evaluation_text(dataset: str | Path, tokenizer: Tokenizer) -> str:
     """One text to measure perplexity on: a file as it is, or the test split of a running-text set (wikitext2, ptb).
 
     A set's rows are joined by blank lines, which is the published protocol. Raises TinyGPTQError as above.
     """
     spec = parse_dataset(dataset)
     if spec.path:
-        return _file_text(spec.path, _Writer(None, "none"))
+        return _file_text(spec.path, _Writer(tokenizer, "none"))
     entry = NAMED_SETS[spec.name]
     if not entry.in_order:
         raise TinyGPTQError(f"dataset {spec.name} is a set of documents, not one text; {ALTERNATIVE}")

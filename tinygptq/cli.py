@@ -14,11 +14,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from tinygptq import __version__
 from tinygptq.config import SUPPORTED_BITS, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.templates import TEMPLATES, render
+
+FAMILIES: tuple = ()  # modules of tinygptq.commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +106,7 @@ def _perplexity(args: argparse.Namespace) -> None:
     from tinygptq.language_model import load
 
     model = load(args.model, device=args.device, context=2)
-    result = model.perplexity(evaluation_text(args.dataset), args.seqlen, args.max_windows)
+    result = model.perplexity(evaluation_text(args.dataset, model.tokenizer), args.seqlen, args.max_windows)
     if args.json:
         print(json.dumps(asdict(result)))
     else:
@@ -113,8 +116,14 @@ def _perplexity(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------------- parser
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake; argparse would print the whole usage before it."""
+        self.exit(2, f"tinygptq: error: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tinygptq", description="GPTQ and LLaMA in NumPy and Numba.")
+    parser = _Parser(prog="tinygptq", description="GPTQ and LLaMA in NumPy and Numba.")
     parser.add_argument("--version", action="version", version=f"tinygptq {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--verbose", action="store_true", help="say more on stderr")
@@ -139,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument("--max-windows", type=int, metavar="N", help="stop after N windows")
     perplexity.add_argument("--json", action="store_true", help="print one JSON object")
     _add_device(perplexity)
+    for family in FAMILIES:
+        family.register(command)
     return parser
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from tinygptq.errors import TinyGPTQError
 from tinygptq.model import Llama
 
+LARGEST_NATS = 700.0  # exp overflows float64 at 709.8; a model that knows nothing at all needs log(vocabulary), about 10
 ROWS_AT_ONCE = 512  # positions whose logits are formed together: 512 x 32,000 floats are 65 MB
 
 
@@ -32,7 +33,7 @@ def perplexity(model: Llama, ids: np.ndarray, seqlen: int = 2048, max_windows: i
             one window is one shorter window.
 
     Raises:
-        TinyGPTQError: fewer than two tokens, or ``seqlen`` under two.
+        TinyGPTQError: fewer than two tokens, ``seqlen`` under two, or logits that are NaN or hopeless.
     """
     if seqlen < 2:
         raise TinyGPTQError(f"--seqlen is {seqlen}, expected at least 2 (a window's first token is not predicted)")
@@ -46,9 +47,16 @@ def perplexity(model: Llama, ids: np.ndarray, seqlen: int = 2048, max_windows: i
     with tqdm(range(windows), desc="perplexity", unit="window", disable=None) as bar:
         for i in bar:
             total += negative_log_likelihood(model, ids[i * seqlen : (i + 1) * seqlen]).sum(dtype=np.float64)
-            bar.set_postfix_str(f"{math.exp(total / ((i + 1) * (seqlen - 1))):.3f}")
-    tokens = windows * (seqlen - 1)
-    return Perplexity(math.exp(total / tokens), tokens, windows, seqlen)
+            tokens = (i + 1) * (seqlen - 1)
+            value = _perplexity_of(total / tokens)
+            bar.set_postfix_str(f"{value:.3f}")
+    return Perplexity(value, tokens, windows, seqlen)
+
+
+def _perplexity_of(nats: float) -> float:
+    if not nats < LARGEST_NATS:  # also true for NaN
+        raise TinyGPTQError(f"the mean negative log-likelihood is {nats:g} nats, no finite perplexity: the model is broken")
+    return math.exp(nats)
 
 
 def negative_log_likelihood(model: Llama, window: np.ndarray) -> np.ndarray:

@@ -85,6 +85,8 @@ def quantize(
         raise TinyGPTQError(f"device {device!r} is not available for quantising; use 'cpu'")
     if method not in ("gptq", "rtn"):
         raise TinyGPTQError(f"method is {method!r}, expected 'gptq' or 'rtn'")
+    if seed < 0:
+        raise TinyGPTQError(f"seed is {seed}, expected at least 0")
     started, config = time.perf_counter(), config or QuantizeConfig()
     source = load_checkpoint(src)
     if source.quantization is not None:

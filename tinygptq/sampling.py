@@ -78,6 +78,8 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int, eos_token_ids: tuple[int, ...], seed: int | None) -> None:
+        if seed is not None and seed < 0:
+            raise TinyGPTQError(f"seed is {seed}, expected at least 0")
         self.params = params
         self._seen = np.zeros(vocab_size, np.bool_)
         self._eos = [token for token in eos_token_ids if token < vocab_size]

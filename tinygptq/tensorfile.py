@@ -8,6 +8,7 @@ larger than memory cannot afford, so the views are made here.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,6 +73,24 @@ class TensorFile(Mapping[str, np.ndarray]):
         return len(self._entries)
 
 
+Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # name -> dtype and shape, in file order
+
+
+def plan_file(layout: Layout) -> tuple[bytes, dict[str, int], int]:
+    """The first bytes of a file with these tensors, where each one's data begin, and the file's size in bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in layout.items():
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data start at a multiple of 8, so that views are aligned
+    start = 8 + len(text)
+    offsets = {name: start + header[name]["data_offsets"][0] for name in layout}
+    return len(text).to_bytes(8, "little") + text, offsets, start + offset
+
+
 class TensorFileWriter:
     """Write a safetensors file whose names, dtypes and shapes are known beforehand, one tensor at a time.
 
@@ -79,30 +98,20 @@ class TensorFileWriter:
     ``metadata={"format": "pt"}``: some loaders raise without it.
     """
 
-    def __init__(self, path: Path, layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._places: dict[str, tuple[int, np.dtype, tuple[int, ...]]] = {}
-        offset = 0
-        for name, (dtype, shape) in layout.items():
-            dtype = np.dtype(dtype)
-            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-            self._places[name] = (offset, dtype, tuple(shape))
-            offset += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # data start at a multiple of 8, so that views are aligned
-        self._start = 8 + len(text)
+    def __init__(self, path: Path, layout: Layout) -> None:
+        header, self._offsets, size = plan_file(layout)
+        self._layout = {name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in layout.items()}
         self._missing = set(layout)
         self._file = open(path, "wb")  # noqa: SIM115 - closed by close() or by the with statement
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        _reserve(self._file.fileno(), self._start + offset)
+        self._file.write(header)
+        _reserve(self._file.fileno(), size)
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Write one tensor; its dtype and shape must be the announced ones."""
-        offset, dtype, shape = self._places[name]
+        dtype, shape = self._layout[name]
         if array.dtype != dtype or array.shape != shape:
             raise AssertionError(f"{name}: announced {dtype} {shape}, given {array.dtype} {array.shape}")
-        self._file.seek(self._start + offset)
+        self._file.seek(self._offsets[name])
         self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._missing.discard(name)
 

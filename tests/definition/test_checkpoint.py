@@ -32,9 +32,9 @@ def refused(folder: Path, *parts: str) -> None:
 
 def rewrite(folder: Path, changes: dict[str, np.ndarray | None]) -> None:
     """Replace tensors of a one-file folder, or take them out (None)."""
-    with_changes = {**{name: np.array(tensor) for name, tensor in TensorFile(folder / "model.safetensors").items()}, **changes}
-    kept = {name: tensor for name, tensor in with_changes.items() if tensor is not None}
-    save_safetensors(kept, folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in TensorFile(path).items()} | changes
+    save_safetensors({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
 
 
 def backing(array: np.ndarray) -> np.memmap | None:

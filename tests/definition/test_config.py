@@ -111,7 +111,8 @@ def test_rope_scaling_type_older_spelling_yields_to_the_newer():
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                    "num_attention_heads"])  # fmt: skip
 def test_missing_sizes_are_named(field):
-    refused(lambda: LlamaConfig.from_dict(small_config(**{field: None}), "X/config.json"), f"X/config.json: '{field}' is missing")
+    raw = small_config(**{field: None})
+    refused(lambda: LlamaConfig.from_dict(raw, "X/config.json"), f"X/config.json: '{field}' is missing")
 
 
 NUMBERS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",

@@ -5,6 +5,7 @@ The file is checked with the safetensors library and a decoder of a few lines th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -324,12 +325,19 @@ def test_a_file_among_the_parents(tmp_path: Path):
     assert str(tmp_path / "file" / "out") in str(caught.value)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_parent_without_permission(tmp_path: Path):
-    (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(TinyGPTQError, match="cannot be written") as caught, new_folder(tmp_path / "closed" / "out"):
-        pytest.fail("the body should not run")
-    assert "Permission denied" in str(caught.value)
+@pytest.mark.parametrize(("where", "name"), [(Path, "mkdir"), (os, "replace")])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_disk_that_refuses(tmp_path: Path, monkeypatch, where, name, number):
+    """At the first step or the last; injected, because root may write anywhere."""
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(where, name, refuse)
+    with pytest.raises(TinyGPTQError) as caught, new_folder(tmp_path / "out") as folder:
+        (folder / "x").touch()
+    assert str(caught.value) == f"{tmp_path / 'out'}: cannot be written ({os.strerror(number)})"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_appears_meanwhile_is_left_alone(tmp_path: Path):

@@ -63,7 +63,8 @@ def torch_gptq(W, H, config: QuantizeConfig):
 
 def problem(rows: int, columns: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    X = rng.standard_normal((3 * columns, columns)) @ rng.standard_normal((columns, columns))
+    mix = np.eye(columns) + rng.standard_normal((columns, columns)) / np.sqrt(columns)
+    X = rng.standard_normal((3 * columns, columns)) @ mix * np.exp(rng.standard_normal(columns) / 2)
     W = rng.standard_normal((rows, columns)) * 0.02
     W[::5] = abs(W[::5])
     return W, X.T @ X / 8
@@ -72,8 +73,7 @@ def problem(rows: int, columns: int, seed: int) -> tuple[np.ndarray, np.ndarray]
 @pytest.mark.parametrize("static_groups", [False, True])
 @pytest.mark.parametrize("desc_act", [False, True])
 @pytest.mark.parametrize(("sym", "storage"), [(True, "gptq"), (False, "gptq"), (False, "gptq_v2")])
-@pytest.mark.parametrize("group_size", [-1, 16, 48, 128])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, -1), (3, 16), (4, 48), (4, 128), (8, 32)])
 def test_codes_are_equal_in_float64(
     bits: int, group_size: int, sym: bool, storage: str, desc_act: bool, static_groups: bool
 ) -> None:
@@ -93,6 +93,6 @@ def test_codes_are_equal_in_float64(
 @pytest.mark.parametrize(("bits", "group_size"), [(3, 128), (4, 32), (4, 48), (8, -1)])
 def test_losses_are_equal_in_float32(bits: int, group_size: int, desc_act: bool) -> None:
     config = QuantizeConfig(bits=bits, group_size=group_size, desc_act=desc_act)
-    W, H = (array.astype(np.float32) for array in problem(128, 288, seed=bits))
+    W, H = (array.astype(np.float32) for array in problem(256, 288, seed=bits))
     loss = torch_gptq(torch.from_numpy(W), torch.from_numpy(H), config)[-1]
     assert solve(W, H, config).loss == pytest.approx(loss, rel=1e-3)

@@ -197,13 +197,13 @@ def prepare(
         raise TinyGPTQError(f"{name}: H should be square, found shape {H.shape}")
     if not xp.isfinite(H).all():
         raise TinyGPTQError(f"{name}: H holds NaN or infinity; look at the activations it was gathered from")
-    H = H.astype(np.float64)  # a copy, damped in place below
-    diagonal = H.diagonal().copy()
-    dead = diagonal == 0
+    dead = H.diagonal() == 0
     perm = None
     if config.desc_act:
-        perm = xp.argsort(-diagonal, kind="stable")
-        H, diagonal = H[perm][:, perm], diagonal[perm]  # (in, in)
+        perm = xp.argsort(-H.diagonal(), kind="stable")
+        H = H[xp.ix_(perm, perm)]  # (in, in)
+    H = H.astype(np.float64)  # a copy, damped in place below
+    diagonal = H.diagonal().copy()
     mean = float(diagonal.sum() / max(1, int((diagonal != 0).sum())))
     diagonal[diagonal == 0] = 1
     invert = inverse_cholesky if method == "definition" else _twin().inverse_cholesky
@@ -221,9 +221,8 @@ def _damped(H: np.ndarray, diagonal: np.ndarray, mean: float, damp: float, inver
         if Hinv is not None:
             return Hinv, damp
         if damp >= LAST_DAMP or mean <= 0:
-            raise TinyGPTQError(
-                f"{name}: H is not positive definite, not even with damping {damp:g} (asked for: {asked:g}); it is no sum of x x^T"
-            )
+            tried = f"not even with damping {damp:g} (asked for: {asked:g})"
+            raise TinyGPTQError(f"{name}: H is not positive definite, {tried}; a sum of x x^T would be")
         larger = min(max(10 * damp, FIRST_DAMP), LAST_DAMP)
         log.warning("%s: H is not positive definite with damping %g, trying %g", name, damp, larger)
         damp = larger
@@ -256,7 +255,9 @@ def cholesky(A: np.ndarray, tolerance: float = np.finfo(np.float64).eps) -> np.n
     return L if bool((pivots > smallest).all()) else None  # also False for the NaN that CuPy gives in place of an error
 
 
-def round_to_nearest(W: np.ndarray, config: QuantizeConfig, H: np.ndarray | None = None, *, name: str = "weight") -> Solution:
+def round_to_nearest(
+    W: np.ndarray, config: QuantizeConfig, H: np.ndarray | None = None, *, name: str = "weight"
+) -> Solution:
     """Quantise by rounding each weight to its grid, no corrections: the baseline (RTN), on the same grids as `solve`.
 
     Args:

@@ -93,11 +93,9 @@ def _block_bounds(columns: int, group_size: int) -> np.ndarray:
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _quantize_rows(
-    W, Hinv, codes, scales, zeros, losses, column_groups, bounds, group_size, sym, maxq, least_zero
-):
+def _quantize_rows(W, Hinv, codes, scales, zeros, losses, column_groups, bounds, group_size, sym, maxq, least_zero):
     """All rows of W [out, in], a chunk at a time; writes codes [in, out], losses [chunks] and, unless group_size is 0
-    (static), scales and zeros [G, out]. """
+    (static), scales and zeros [G, out]."""
     for chunk in prange(len(losses)):
         r1 = chunk * ROWS
         count = min(ROWS, W.shape[0] - r1)
@@ -107,9 +105,7 @@ def _quantize_rows(
         if group_size == 0:
             scale[:, :count], zero[:, :count] = scales[:, r1 : r1 + count], zeros[:, r1 : r1 + count]
         code = np.empty((W.shape[1], ROWS), np.uint8)
-        losses[chunk] = _quantize_chunk(
-            w, Hinv, code, scale, zero, column_groups, bounds, group_size, sym, maxq, least_zero
-        )
+        losses[chunk] = _quantize_chunk(w, Hinv, code, scale, zero, column_groups, bounds, group_size, sym, maxq, least_zero)
         codes[:, r1 : r1 + count] = code[:, :count]
         scales[:, r1 : r1 + count], zeros[:, r1 : r1 + count] = scale[:, :count], zero[:, :count]
 

@@ -1,0 +1,290 @@
+"""``x @ W + bias`` on the CPU for packed and dense W: the fast twin of reference.py.
+
+A linear is rearranged once (:func:`prepare`) into the tiles that cpu_tiles.py reads. One or a few rows of x then go through
+those tiles directly, and W never exists; for many rows it is cheaper to write W out in float32 and call BLAS.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinygptq.errors import TinyGPTQError
+from tinygptq.kernels import cpu_launch, cpu_tiles
+from tinygptq.kernels.cpu_layout import place_of_rows
+from tinygptq.kernels.cpu_rows import STRETCH, TILES_AT_ONCE
+from tinygptq.kernels.cpu_tiles import COLUMNS, FIELDS, UNIT
+from tinygptq.packing import PackedLinear
+from tinygptq.weights import DenseLinear, Linear
+
+__all__ = [
+    "CpuLinear",
+    "apply_rope",
+    "causal_attention",
+    "linear",
+    "matmul",
+    "prepare",
+    "prepared",
+    "rms_norm",
+    "swiglu",
+    "warm_up",
+]
+
+log = logging.getLogger("tinygptq")
+
+FEW_ROWS = 16  # up to here the tiles win over writing W out and calling BLAS (measured, scripts/bench/cpu_speed.py)
+SCORES_AT_ONCE = 1 << 22  # attention scores in memory at a time (16 MiB), however long the context
+
+
+@dataclass(frozen=True, eq=False)
+class CpuLinear:
+    """A linear as the CPU kernels read it.
+
+    Attributes:
+        table: int64 [FIELDS], what compiled code knows about it (see cpu_tiles.py); addresses point into ``arrays``.
+    """
+
+    table: np.ndarray
+    arrays: tuple[np.ndarray, ...]
+
+    @property
+    def in_features(self) -> int:
+        return int(self.table[cpu_tiles.INPUTS])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.table[cpu_tiles.OUTPUTS])
+
+    @property
+    def is_packed(self) -> bool:
+        return int(self.table[cpu_tiles.KIND]) < cpu_tiles.FLOAT16
+
+    @property
+    def padded_rows(self) -> int:
+        """Room that the input needs: K, or the packed rows."""
+        return int(self.table[cpu_tiles.ROWS])
+
+    @property
+    def groups(self) -> int:
+        return -(-self.padded_rows // int(self.table[cpu_tiles.GROUP]))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one product with it reads."""
+        return sum(array.nbytes for array in self.arrays)
+
+
+# ------------------------------------------------------------------------------------------ preparing
+
+
+def aligned_empty(nbytes: int) -> np.ndarray:
+    """uint8 [nbytes] that begins at a cache line."""
+    raw = np.empty(nbytes + 63, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes]
+
+
+def prepare(layer: Linear, allocate: Callable[[int], np.ndarray] = aligned_empty) -> CpuLinear:
+    """Bring a linear into the form the kernels read; dense weights stay where they are.
+
+    Args:
+        allocate: gives uint8 [nbytes] at a multiple of 64 for the codes.
+
+    Raises:
+        TinyGPTQError: a dense weight that is no float16, bfloat16 or float32.
+    """
+    return _prepare_packed(layer, allocate) if isinstance(layer, PackedLinear) else _prepare_dense(layer)
+
+
+def _prepare_dense(layer: DenseLinear) -> CpuLinear:
+    kinds = {"float16": cpu_tiles.FLOAT16, "bfloat16": cpu_tiles.BFLOAT16, "float32": cpu_tiles.FLOAT32}
+    if layer.weight.dtype.name not in kinds:
+        raise TinyGPTQError(f"a weight is {layer.weight.dtype.name}, expected float16, bfloat16 or float32")
+    weight = np.ascontiguousarray(layer.weight)
+    table = np.zeros(FIELDS, np.int64)
+    table[cpu_tiles.KIND] = kinds[weight.dtype.name]
+    table[cpu_tiles.OUTPUTS], table[cpu_tiles.INPUTS] = weight.shape
+    table[cpu_tiles.ROWS] = table[cpu_tiles.GROUP] = weight.shape[1]
+    table[cpu_tiles.CODES] = weight.ctypes.data
+    return _with_bias(table, (weight,), layer.bias)
+
+
+def _prepare_packed(layer: PackedLinear, allocate: Callable[[int], np.ndarray]) -> CpuLinear:
+    inputs, outputs, bits = layer.in_features, layer.out_features, layer.bits
+    source = _padded_rows(inputs, layer.group_size)
+    rows, group = len(source), min(-(-layer.group_size // UNIT) * UNIT, len(source))
+    tiles = -(-outputs // COLUMNS)
+    codes = allocate(tiles * rows * COLUMNS * bits // 8).view(np.int32)
+    qweight = np.ascontiguousarray(layer.qweight)
+    cpu_launch.run(cpu_launch.REPACK, tiles, qweight, outputs, bits, source, rows, *place_of_rows(bits), codes)
+    wide = layer.scales.dtype != np.float16
+    arrays = [codes, _in_tiles(layer.scales, np.float32 if wide else np.float16, tiles)]
+    table = np.zeros(FIELDS, np.int64)
+    table[cpu_tiles.KIND], table[cpu_tiles.INPUTS], table[cpu_tiles.OUTPUTS] = bits, inputs, outputs
+    table[cpu_tiles.ROWS], table[cpu_tiles.GROUP] = rows, group
+    table[cpu_tiles.CODES], table[cpu_tiles.SCALES] = codes.ctypes.data, arrays[1].ctypes.data
+    table[cpu_tiles.WIDE] = wide
+    if np.any(layer.zeros != 1 << (bits - 1)):
+        arrays.append(_in_tiles(layer.zeros, np.uint16, tiles))
+        table[cpu_tiles.ZEROS] = arrays[-1].ctypes.data
+    if layer.perm is not None or not np.array_equal(source, np.arange(inputs)):
+        order = np.arange(inputs) if layer.perm is None else layer.perm
+        arrays.append(np.where(source >= 0, order[source], -1).astype(np.int32))
+        table[cpu_tiles.GATHER] = arrays[-1].ctypes.data
+    return _with_bias(table, tuple(arrays), layer.bias)
+
+
+def _padded_rows(inputs: int, group_size: int) -> np.ndarray:
+    """Which row each packed row is, int64: groups one after the other, each filled up to whole units with -1."""
+    rows = []
+    for start in range(0, inputs, group_size):
+        group = np.arange(start, min(start + group_size, inputs))
+        rows += [group, np.full(-len(group) % UNIT, -1)]
+    return np.concatenate(rows).astype(np.int64)
+
+
+def _in_tiles(values: np.ndarray, dtype: type, tiles: int) -> np.ndarray:
+    """[G, N] -> [tiles, G, 16], the columns past the last filled with zeros."""
+    groups, outputs = values.shape
+    padded = np.zeros((groups, tiles * COLUMNS), dtype)
+    padded[:, :outputs] = values
+    return np.ascontiguousarray(padded.reshape(groups, tiles, COLUMNS).swapaxes(0, 1))  # (tiles, G, 16)
+
+
+def _with_bias(table: np.ndarray, arrays: tuple[np.ndarray, ...], bias: np.ndarray | None) -> CpuLinear:
+    if bias is not None:
+        padded = np.zeros(-(-len(bias) // COLUMNS) * COLUMNS, np.float32)
+        padded[: len(bias)] = bias
+        arrays += (padded,)
+        table[cpu_tiles.BIAS] = padded.ctypes.data
+    return CpuLinear(table, arrays)
+
+
+# ------------------------------------------------------------------------------------------ multiplying
+
+_prepared: weakref.WeakKeyDictionary[Linear, CpuLinear] = weakref.WeakKeyDictionary()
+_scratch = threading.local()
+
+
+def linear(x: np.ndarray, layer: Linear) -> np.ndarray:
+    """``x float32 [..., K] -> x @ W + bias float32 [..., N]``; the layer is prepared on first use, for as long as it lives."""
+    return matmul(x, prepared(layer))
+
+
+def prepared(layer: Linear) -> CpuLinear:
+    """The prepared form of a layer: made once, kept for as long as the layer lives."""
+    if layer not in _prepared:
+        _prepared[layer] = prepare(layer)
+    return _prepared[layer]
+
+
+def matmul(x: np.ndarray, weights: CpuLinear) -> np.ndarray:
+    """``x @ W + bias``.
+
+    Shapes:
+        x: float32 [..., K]; returns float32 [..., N]. An infinite or NaN input of a packed linear makes its row NaN.
+    """
+    flat = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])  # (M, K)
+    if flat.shape[1] != weights.in_features:
+        raise TinyGPTQError(f"an input has {flat.shape[1]} features, the linear expects {weights.in_features}")
+    y = _few(flat, weights) if len(flat) <= FEW_ROWS else _many(flat, weights)
+    return y.reshape(*x.shape[:-1], weights.out_features)
+
+
+def _few(x: np.ndarray, weights: CpuLinear) -> np.ndarray:
+    """[M, K] -> [M, N] through the tiles."""
+    rows, outputs = len(x), weights.out_features
+    out = np.empty((rows, -(-outputs // COLUMNS) * COLUMNS), np.float32)
+    ordered = np.empty((rows, weights.padded_rows), np.float32)
+    sums = np.empty((rows, weights.groups), np.float32)
+    pairs, units = np.empty_like(ordered), np.empty(rows, np.float32)
+    strides = x.strides[0], ordered.strides[0], sums.strides[0]
+    job = (weights.table, x, strides[0], ordered, pairs, strides[1], sums, strides[2], units)
+    if weights.is_packed:
+        cpu_launch.run(cpu_launch.INTEGERS, rows, *job)
+    parts = -(-out.shape[1] // (COLUMNS * TILES_AT_ONCE))
+    cpu_launch.run(cpu_launch.TILES, parts, *job, rows, out, out.strides[0])
+    return np.ascontiguousarray(out[:, :outputs])
+
+
+def _many(x: np.ndarray, weights: CpuLinear) -> np.ndarray:
+    """[M, K] -> [M, N] through W in float32 and BLAS."""
+    outputs, inputs = weights.out_features, weights.in_features
+    bias = weights.arrays[-1][:outputs] if weights.table[cpu_tiles.BIAS] else None
+    if weights.table[cpu_tiles.KIND] == cpu_tiles.FLOAT32:
+        y = x @ weights.arrays[0].T
+    elif weights.is_packed:
+        columns = -(-outputs // COLUMNS) * COLUMNS
+        weight = _room(inputs * columns).reshape(inputs, columns)
+        cpu_launch.run(cpu_launch.DEQUANTIZE, columns // COLUMNS, weights.table, weight, weight.strides[0])
+        y = x @ weight[:, :outputs]
+    else:
+        weight = _room(inputs * outputs).reshape(outputs, inputs)
+        cpu_launch.run(cpu_launch.WIDEN, outputs, weights.table, weight)
+        y = x @ weight.T
+    if bias is not None:
+        y += bias
+    return y
+
+
+def _room(count: int) -> np.ndarray:
+    """float32 [count] to write a weight into: the same memory every time, one for each thread that calls."""
+    if getattr(_scratch, "weight", np.empty(0)).size < count:
+        _scratch.weight = aligned_empty(4 * count).view(np.float32)
+    return _scratch.weight[:count]
+
+
+# ------------------------------------------------------------------------------------------ between the products
+
+
+def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The fast twin of :func:`tinygptq.ops.causal_attention`, a block of queries at a time: never all T x S scores.
+
+    Shapes:
+        q: float32 [B, H, T, D], the last T of S positions. k, v: [B, G, S, D]. Returns [B, T, H * D].
+    """
+    batch, heads, tokens, dim = q.shape
+    groups, seen = k.shape[1], k.shape[2]
+    share = heads // groups  # query heads that read the same keys: one product for them all
+    out = np.empty((batch, tokens, groups, share, dim), np.float32)
+    block = min(tokens, max(16, SCORES_AT_ONCE // (batch * heads * seen)))
+    q = (q * np.float32(dim**-0.5)).reshape(batch, groups, share, tokens, dim)
+    for start in range(0, tokens, block):
+        end = min(start + block, tokens)
+        visible = seen - tokens + end  # keys that the block's last query sees
+        rows = q[:, :, :, start:end].reshape(batch, groups, share * (end - start), dim)  # (B, G, H/G * t, D)
+        scores = rows @ k[:, :, :visible].swapaxes(-1, -2)  # (B, G, H/G * t, S')
+        cpu_launch.run(cpu_launch.SOFTMAX, scores.size // visible, scores, visible, end - start)
+        mixed = (scores @ v[:, :, :visible]).reshape(batch, groups, share, end - start, dim)
+        out[:, start:end] = mixed.transpose(0, 3, 1, 2, 4)  # (B, t, G, H/G, D)
+    return out.reshape(batch, tokens, heads * dim)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """Twin of :func:`tinygptq.ops.rms_norm`; float32 [..., C] and [C]."""
+    x, weight = np.ascontiguousarray(x), np.ascontiguousarray(weight)
+    out, width = np.empty_like(x), x.shape[-1]
+    cpu_launch.run(cpu_launch.RMS_NORM, x.size // width, x, weight, width, out, number=eps)
+    return out
+
+
+def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Twin of :func:`tinygptq.ops.swiglu`; float32 of one shape. The result takes ``up``'s memory."""
+    gate, up = np.ascontiguousarray(gate), np.ascontiguousarray(up)
+    cpu_launch.run(cpu_launch.SWIGLU, -(-up.size // STRETCH), gate, up, up.size)
+    return up
+
+
+def apply_rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Twin of :func:`tinygptq.ops.apply_rope`; float32 [B, H, T, D], cos and sin [T, D/2]. Rotates in place where it can."""
+    x = np.ascontiguousarray(x.swapaxes(1, 2))  # (B, T, H, D), as the linear before it left it
+    batch, tokens, heads, dim = x.shape
+    cos, sin = np.ascontiguousarray(cos), np.ascontiguousarray(sin)
+    cpu_launch.run(cpu_launch.ROPE, batch * tokens, x, tokens, heads, dim, cos, sin)
+    return x.swapaxes(1, 2)
