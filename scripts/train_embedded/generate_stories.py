@@ -1,6 +1,6 @@
 """Step 1: let an Apache-2.0 language model write the training text.
 
-    python generate_stories.py MODEL_DIR stories.txt.gz --seconds 300
+    python generate_stories.py MODEL_DIR stories.txt.gz --seconds 330
 
 MODEL_DIR is SmolLM2-135M-Instruct as a Hugging Face folder (scripts/fetch_smollm2.py writes one). The script is a
 batched generator in plain torch: one static KV cache, every decoding step one replayed CUDA graph, and the example
@@ -14,8 +14,8 @@ import gzip
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,11 @@ class Generator:
 
     def __init__(self, folder: Path, batch: int, max_own: int, max_shared: int, device: str, dtype: torch.dtype):
         c = json.loads((folder / "config.json").read_text())
-        self.n_layers, self.n_heads, self.n_kv = c["num_hidden_layers"], c["num_attention_heads"], c["num_key_value_heads"]
+        self.n_layers, self.n_heads, self.n_kv = (
+            c["num_hidden_layers"],
+            c["num_attention_heads"],
+            c["num_key_value_heads"],
+        )
         self.dim = c["hidden_size"] // self.n_heads
         self.eps = c["rms_norm_eps"]
         self.batch, self.device = batch, device
@@ -51,6 +55,7 @@ class Generator:
         self.own = torch.zeros(self.n_layers, 2, batch, self.n_kv, max_own, self.dim, device=device, dtype=dtype)
         self.shared = torch.zeros(self.n_layers, 2, 1, self.n_kv, max_shared, self.dim, device=device, dtype=dtype)
         self.n_shared = torch.zeros((), dtype=torch.long, device=device)
+        self.shared_len = 0
         freqs = c["rope_theta"] ** (-torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim)
         angles = torch.outer(torch.arange(max_own + max_shared, dtype=torch.float32), freqs).repeat(1, 2)  # (T, D)
         self.cos, self.sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
@@ -67,9 +72,11 @@ class Generator:
         parts, values = [], []
         if self.shared_len:
             ks, vs = self.shared[layer, :, 0]  # (KV, S, D) each
-            s = q.reshape(self.n_kv, b * g * n, self.dim) @ ks.transpose(1, 2)  # one matrix product for the whole batch
+            s = q.reshape(self.n_kv, b * g * n, self.dim) @ ks.transpose(1, 2)  # one product for all
             hidden = torch.arange(ks.shape[1], device=s.device) >= self.n_shared
-            parts.append(s.masked_fill(hidden, float("-inf")).view(self.n_kv, b, g * n, -1).transpose(0, 1))  # (B, KV, G*Q, S)
+            parts.append(
+                s.masked_fill(hidden, float("-inf")).view(self.n_kv, b, g * n, -1).transpose(0, 1)
+            )  # (B, KV, G*Q, S)
             values.append(vs)
         k, v = self.own[layer, :, :b, :, :length]  # (B, KV, T, D) each
         s = q.transpose(0, 1).reshape(b, self.n_kv, g * n, self.dim) @ k.transpose(2, 3)  # (B, KV, G*Q, T)
@@ -101,8 +108,6 @@ class Generator:
         h = F.rms_norm(h[:, -1], (h.shape[-1],), w["norm.weight"], self.eps)
         return (h @ w["embed_tokens.weight"].T).float()
 
-    shared_len = 0
-
     def set_shared(self, ids: list[int]) -> None:
         """Computes the cache of the part that every sequence begins with."""
         self.shared_len = 0
@@ -128,7 +133,8 @@ class Decoder:
 
     def __init__(self, gen: Generator, max_own: int, max_closing: int, a: argparse.Namespace):
         dev = gen.device
-        self.gen, self.temperature, self.min_p, self.ngram, self.penalty = gen, a.temperature, a.min_p, a.ngram, a.penalty
+        self.gen, self.temperature, self.min_p = gen, a.temperature, a.min_p
+        self.ngram, self.penalty = a.ngram, a.penalty
         self.ids = torch.zeros(gen.batch, max_own, dtype=torch.long, device=dev)
         self.prompt_len = torch.zeros(gen.batch, dtype=torch.long, device=dev)
         self.pos = torch.zeros(1, dtype=torch.long, device=dev)
@@ -139,7 +145,7 @@ class Decoder:
         self.pool = torch.cuda.graph_pool_handle() if dev != "cpu" else None
 
     def _discourage(self, logits: torch.Tensor, pos: torch.Tensor, length: int) -> torch.Tensor:
-        """Forbids a token that would repeat ``ngram`` tokens of the story in a row; makes every used one less likely."""
+        """Forbids repeating ``ngram`` tokens of the story in a row, and makes every token already used less likely."""
         n, ids = self.ngram, self.ids[:, :length]
         at = torch.arange(length, device=ids.device)
         used = torch.where((at <= pos) & (ids != END_OF_TURN), ids, 0)  # 0 is <|endoftext|>: never wanted
@@ -187,10 +193,12 @@ class Decoder:
         self.graphs[length]()
 
     def run(self, prompts: list[list[int]], closings: list[list[int]], max_new: int) -> list[list[int]]:
-        """Token ids of each prompt with its continuation up to and without the end-of-turn token; [] if it did not end."""
+        """Token ids of each prompt and its continuation, without the end-of-turn token; [] if it did not end."""
         lens = torch.tensor([len(p) for p in prompts])
         self.ids.fill_(END_OF_TURN)
-        rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_value=END_OF_TURN)
+        rows = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(p) for p in prompts], batch_first=True, padding_value=END_OF_TURN
+        )
         self.ids[:, : rows.shape[1]] = rows.to(self.ids.device)
         self.prompt_len.copy_(lens)
         self.closing_len.copy_(torch.tensor([len(c) for c in closings]))
@@ -204,7 +212,7 @@ class Decoder:
             if t % 32 == 0 and t > first + 64 and self._ended(t).float().mean() > 0.97:
                 break
         out = []
-        for row, n in zip(self.ids[:, : t + 2].tolist(), lens.tolist()):
+        for row, n in zip(self.ids[:, : t + 2].tolist(), lens.tolist(), strict=True):
             out.append(row[: row.index(END_OF_TURN, n)] if END_OF_TURN in row[n:] else [])
         return out
 
@@ -218,15 +226,15 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("model", type=Path)
     ap.add_argument("out", type=Path)
-    ap.add_argument("--seconds", type=float, default=300, help="start no batch after this time")
+    ap.add_argument("--seconds", type=float, default=330, help="start no batch after this time")
     ap.add_argument("--batch", type=int, default=3072)
     ap.add_argument("--max-new", type=int, default=224)
     ap.add_argument("--temperature", type=float, default=0.7)
     ap.add_argument("--min-p", type=float, default=0.1)
-    ap.add_argument("--ngram", type=int, default=5, help="so many tokens in a row do not occur twice in a story")
-    ap.add_argument("--penalty", type=float, default=0.5, help="subtracted from the logits of tokens already used")
+    ap.add_argument("--ngram", type=int, default=4, help="so many tokens in a row do not occur twice in a story")
+    ap.add_argument("--penalty", type=float, default=1.0, help="subtracted from the logits of tokens already used")
     ap.add_argument("--examples", type=int, default=1, help="example stories before each prompt")
-    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--seed", type=int, default=1)
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = ap.parse_args()
     torch.manual_seed(a.seed)
@@ -241,7 +249,9 @@ def main() -> None:
     decoder = Decoder(gen, max_own, 12, a)
     # Sorted by length, so that few prompts of a batch are fed token by token; the batches are taken in random order.
     drawn = [compose(rng) for _ in range(a.batch * (80 if a.device == "cuda" else 1))]
-    encoded = zip(tok.encode_batch([render_prompt(p) for p in drawn]), tok.encode_batch([p.closing for p in drawn]))
+    encoded = zip(
+        *(tok.encode_batch(t) for t in ([render_prompt(p) for p in drawn], [p.closing for p in drawn])), strict=True
+    )
     pool = sorted(((p.ids, c.ids) for p, c in encoded), key=lambda x: len(x[0]))
     batches = [pool[i : i + a.batch] for i in range(0, len(pool), a.batch)]
     rng.shuffle(batches)
@@ -251,12 +261,16 @@ def main() -> None:
             if time.monotonic() - began > a.seconds:
                 break
             gen.set_shared(shared[rng.randrange(len(shared))])
-            done = [ids for ids in decoder.run(*zip(*prompts), a.max_new) if ids]
+            done = [ids for ids in decoder.run(*zip(*prompts, strict=True), a.max_new) if ids]
             texts = tok.decode_batch([ids[len(ids) - ids[::-1].index(start) :] for ids in done])
             stories = [" ".join(t.removeprefix("assistant").split()) for t in texts]
             f.write("".join(s + "\n\n" for s in stories))
             written, chars = written + len(stories), chars + sum(map(len, stories))
-            print(f"batch {i}: {len(stories)}/{a.batch} ended, {written} stories, {chars / 1e6:.1f} MB, {time.monotonic() - began:.0f} s", flush=True)
+            took = time.monotonic() - began
+            print(
+                f"batch {i}: {len(stories)}/{a.batch} ended, {written} stories, {chars / 1e6:.1f} MB, {took:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
