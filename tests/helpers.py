@@ -128,7 +128,7 @@ def solve_all(source: Checkpoint, config: QuantizeConfig, seed: int = 0) -> dict
 def random_solutions(source: Checkpoint, config: QuantizeConfig, seed: int = 0) -> dict[str, Solution]:
     """Solutions that are none, but of the solver's form: random codes, scales, zeros and, for act-order, groups."""
     rng = np.random.default_rng(seed)
-    least, most = (1, 2**config.bits) if config.checkpoint_format == "gptq" else (0, config.max_code)
+    least, most = 1 if config.checkpoint_format == "gptq" else 0, config.max_code
     solutions = {}
     for name, linear in source.weights.linears.items():
         rows, columns = linear.out_features, linear.in_features

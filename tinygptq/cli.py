@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from tinygptq import __version__
+from tinygptq.commands import convert, publish
 from tinygptq.config import SUPPORTED_BITS, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.templates import TEMPLATES, render
 
-FAMILIES: tuple = ()  # modules of tinygptq.commands
+MODEL = "a folder, or a repository of the hub as OWNER/NAME or OWNER/NAME:BRANCH"
+FAMILIES: tuple = (publish, convert)  # modules of tinygptq.commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +70,7 @@ def _quantize(args: argparse.Namespace) -> None:
         template=args.template,
         method=args.method,
         device=args.device,
+        revision=args.revision,
     )
     size = (report.folder / "model.safetensors").stat().st_size
     if args.json:
@@ -84,7 +87,7 @@ def _generate(args: argparse.Namespace) -> None:
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.greedy and args.temperature is not None:
         raise TinyGPTQError("--greedy and --temperature contradict each other")
-    model = load(args.model, device=args.device, context=args.context)
+    model = load(args.model, device=args.device, context=args.context, revision=args.revision)
     pieces = model.stream(
         render(args.template, text),
         max_new_tokens=args.max_new_tokens,
@@ -105,7 +108,7 @@ def _perplexity(args: argparse.Namespace) -> None:
     from tinygptq.calibrate import evaluation_text
     from tinygptq.language_model import load
 
-    model = load(args.model, device=args.device, context=2)
+    model = load(args.model, device=args.device, context=2, revision=args.revision)
     result = model.perplexity(evaluation_text(args.dataset, model.tokenizer), args.seqlen, args.max_windows)
     if args.json:
         print(json.dumps(asdict(result)))
@@ -142,7 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(command("generate", _generate, "continue a prompt, streaming to the terminal"))
 
     perplexity = command("perplexity", _perplexity, "perplexity over non-overlapping windows of a text")
-    perplexity.add_argument("model", metavar="MODEL", help="a folder")
+    perplexity.add_argument("model", metavar="MODEL", help=MODEL)
+    _add_revision(perplexity)
     perplexity.add_argument("--dataset", required=True, metavar="FILE|wikitext2", help="the text")
     perplexity.add_argument("--seqlen", type=int, default=2048, help="tokens in a window (default: %(default)s)")
     perplexity.add_argument("--max-windows", type=int, metavar="N", help="stop after N windows")
@@ -153,6 +157,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_revision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", metavar="BRANCH", help="branch, tag or commit of a repository")
+
+
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu",), help="where to run (default: %(default)s)")
 
@@ -160,7 +168,8 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     default = QuantizeConfig()
     add = parser.add_argument
-    add("src", metavar="SRC", help="folder of the model in fp16, bf16 or fp32")
+    add("src", metavar="SRC", help=f"the model in fp16, bf16 or fp32: {MODEL}")
+    _add_revision(parser)
     add("out", metavar="OUT", help="new folder to write")
     add("--bits", type=int, default=default.bits, choices=SUPPORTED_BITS, help="bits a weight (default: %(default)s)")
     add("--group-size", type=int, default=default.group_size, metavar="N", help="rows that share a scale, -1 for all (128)")
@@ -196,7 +205,8 @@ def _quantize_config(args: argparse.Namespace) -> QuantizeConfig:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder")
+    add("model", metavar="MODEL", help=MODEL)
+    _add_revision(parser)
     add("--prompt", required=True, metavar="TEXT", help="- reads it from standard input")
     add("--template", default="none", choices=sorted(TEMPLATES), help="wrap the prompt (default: none)")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")

@@ -14,6 +14,7 @@ from typing import Any
 from tinygptq.errors import TinyGPTQError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
+MOST_LAYERS = 10_000  # every layer is walked through before any tensor is looked for
 LARGEST_NUMBER = 1e18  # in a config: beyond any size there is, and still an int64
 
 
@@ -148,7 +149,7 @@ class LlamaConfig:
             vocab_size=size("vocab_size"),
             hidden_size=hidden,
             intermediate_size=size("intermediate_size"),
-            num_hidden_layers=size("num_hidden_layers"),
+            num_hidden_layers=_layers(raw, where),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -185,6 +186,13 @@ class LlamaConfig:
     def has_bias(self, name: str) -> bool:
         """Whether the linear of this name adds a bias (LLaMA's own never do)."""
         return self.attention_bias if "self_attn." in name else self.mlp_bias
+
+
+def _layers(raw: dict, where: str) -> int:
+    layers = _number(raw, "num_hidden_layers", None, int, low=1, where=where)
+    if layers > MOST_LAYERS:
+        raise TinyGPTQError(f"{where}: 'num_hidden_layers' is {layers}, expected at most {MOST_LAYERS}")
+    return layers
 
 
 def _require_llama(raw: dict, where: str) -> None:
@@ -255,8 +263,14 @@ class QuantizeConfig:
         """Parse either spelling: AutoGPTQ's names, or the older ``w_bit``/``wbits`` and ``q_group_size``."""
         raw = {**raw}
         for old, new in (("w_bit", "bits"), ("wbits", "bits"), ("q_group_size", "group_size"), ("groupsize", "group_size")):
-            raw.setdefault(new, raw[old]) if old in raw else None
-        raw.setdefault("checkpoint_format", raw.get("format", "gptq"))
+            if raw.get(new) is None and old in raw:
+                raw[new] = raw[old]
+        if raw.get("checkpoint_format") is None:
+            raw["checkpoint_format"] = raw.get("format")
+        meta = raw.get("meta")
+        for name in ("damp_percent", "static_groups", "true_sequential"):  # GPTQModel keeps these in "meta"
+            if raw.get(name) is None and isinstance(meta, dict):
+                raw[name] = meta.get(name)
         method = raw.get("quant_method", raw.get("method", "gptq"))
         if method != "gptq":
             raise TinyGPTQError(f"{where}: quant_method is {method!r}, only 'gptq' is supported here")

@@ -13,7 +13,7 @@ from tinygptq.language_model import load
 from tinygptq.quantization import quantize
 
 EMBEDDED = Path(__file__).parent / "assets" / "storyteller"
-GROUP_SIZE, NSAMPLES, SEQLEN = 64, 32, 256
+GROUP_SIZE, NSAMPLES, SEQLEN, WINDOWS = 64, 32, 256, 32
 OPENING = "Once upon a time, there was a little"
 
 
@@ -26,7 +26,7 @@ def run(out: Path | None = None, seed: int = 0) -> None:
     started = time.perf_counter()
     print("A small LLaMA, quantised by rounding to nearest (RTN) and by GPTQ; perplexity on stories it never saw.\n")
     text = (EMBEDDED / "heldout.txt").read_text(encoding="utf-8")
-    baseline = load(EMBEDDED).perplexity(text, SEQLEN).perplexity
+    baseline = load(EMBEDDED).perplexity(text, SEQLEN, WINDOWS).perplexity
     print(f"{'bits':>4} {'bytes':>10} {'of fp16':>8} {'perplexity':>11} {'RTN':>8} {'GPTQ':>8}")
     dense = linear_bytes(None)
     print(f"{16:>4} {dense:>10,} {'100 %':>8} {baseline:>11.3f} {'':>8} {'':>8}", flush=True)
@@ -37,7 +37,7 @@ def run(out: Path | None = None, seed: int = 0) -> None:
             for method in ("rtn", "gptq"):
                 folder = Path(scratch) / f"{method}-{bits}bit"
                 quantize_embedded(folder, config, method)
-                after.append(load(folder).perplexity(text, SEQLEN).perplexity)
+                after.append(load(folder).perplexity(text, SEQLEN, WINDOWS).perplexity)
             size = linear_bytes(config)
             share = f"{100 * size / dense:.0f} %"
             print(f"{bits:>4} {size:>10,} {share:>8} {baseline:>11.3f} {after[0]:>8.3f} {after[1]:>8.3f}", flush=True)

@@ -24,6 +24,7 @@ class CpuEngine:
     def __init__(self, config: LlamaConfig, weights: Weights, context: int | None = None) -> None:
         """``context``: tokens to make room for; None is the model's own maximum."""
         self.config, self.capacity = config, context or config.max_position_embeddings
+        cpu.warm_up()
         self.model = Llama(config, weights, cpu)
         self.cache = KVCache(config, batch=1, capacity=self.capacity)
         self._plan: cpu_plan.Plan | None = None

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from tinygptq.errors import TinyGPTQError
 from tinygptq.model import Llama
 
+TOKENS_AT_ONCE = 2048  # short windows go through the model together
 LARGEST_NATS = 700.0  # exp overflows float64 at 709.8; a model that knows nothing at all needs log(vocabulary), about 10
 ROWS_AT_ONCE = 512  # positions whose logits are formed together: 512 x 32,000 floats are 65 MB
 
@@ -44,12 +45,15 @@ def perplexity(model: Llama, ids: np.ndarray, seqlen: int = 2048, max_windows: i
     if windows < 1:
         raise TinyGPTQError(f"--max-windows is {max_windows}, expected at least 1")
     total = 0.0
-    with tqdm(range(windows), desc="perplexity", unit="window", disable=None) as bar:
-        for i in bar:
-            total += negative_log_likelihood(model, ids[i * seqlen : (i + 1) * seqlen]).sum(dtype=np.float64)
-            tokens = (i + 1) * (seqlen - 1)
+    cut, at_once = ids[: windows * seqlen].reshape(windows, seqlen), max(1, TOKENS_AT_ONCE // seqlen)
+    with tqdm(total=windows, desc="perplexity", unit="window", disable=None) as bar:
+        for i in range(0, windows, at_once):
+            batch = cut[i : i + at_once]
+            total += negative_log_likelihood(model, batch).sum(dtype=np.float64)
+            tokens = min(i + at_once, windows) * (seqlen - 1)
             value = _perplexity_of(total / tokens)
             bar.set_postfix_str(f"{value:.3f}")
+            bar.update(len(batch))
     return Perplexity(value, tokens, windows, seqlen)
 
 
@@ -59,15 +63,16 @@ def _perplexity_of(nats: float) -> float:
     return math.exp(nats)
 
 
-def negative_log_likelihood(model: Llama, window: np.ndarray) -> np.ndarray:
-    """Nats of each token but the first given those before it, int [T] -> float32 [T - 1]."""
-    h = model.hidden(window[None])[0]  # (T, C)
-    targets = window[1:]
+def negative_log_likelihood(model: Llama, windows: np.ndarray) -> np.ndarray:
+    """Nats of each token but a window's first given those before it, int [B, T] -> float32 [B, T - 1]."""
+    h = model.hidden(windows)[:, :-1]  # (B, T-1, C)
+    h = h.reshape(-1, h.shape[-1])  # (B * (T-1), C)
+    targets = windows[:, 1:].reshape(-1)
     nll = np.empty(len(targets), np.float32)
     for start in range(0, len(targets), ROWS_AT_ONCE):
         rows = slice(start, min(start + ROWS_AT_ONCE, len(targets)))
         nll[rows] = _cross_entropy(model.logits(h[None, rows])[0], targets[rows])
-    return nll
+    return nll.reshape(len(windows), -1)
 
 
 def _cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,12 +90,15 @@ def gptq_tensors(solution: Solution, quantization: QuantizeConfig) -> dict[str, 
     """The four tensors of one linear as files hold them; the solver's own codes, never re-derived ones.
 
     Raises:
-        TinyGPTQError: format ``gptq`` stores ``zero - 1`` and so cannot hold a zero point of 0.
+        TinyGPTQError: format ``gptq`` stores ``zero - 1`` and so cannot hold a zero point of 0, nor one of 2^bits: its
+            stored form is what a wrapped 0 looks like, and readers disagree which it is.
     """
     bits, stored = quantization.bits, solution.zeros.T.astype(np.int64)  # (G, N)
     if quantization.checkpoint_format == "gptq":
         if (stored < 1).any():
             raise TinyGPTQError("a zero point of 0 cannot be written in format 'gptq'; use 'gptq_v2'")
+        if (stored > quantization.max_code).any():
+            raise TinyGPTQError(f"a zero point of {stored.max()} is beyond the largest code of {bits} bits")
         stored = stored - 1
     return {
         "qweight": pack(solution.codes.T, bits).view(np.int32),  # (K*bits/32, N)
@@ -107,13 +111,15 @@ def gptq_tensors(solution: Solution, quantization: QuantizeConfig) -> dict[str, 
 class QuantizedFolderWriter:
     """Fills a new folder: first what stays dense, then one linear after another as the solver finishes it."""
 
-    def __init__(self, folder: Path, source: Checkpoint, quantization: QuantizeConfig) -> None:
+    def __init__(
+        self, folder: Path, source: Checkpoint, quantization: QuantizeConfig, facts: Mapping[str, Any] | None = None
+    ) -> None:
         self.quantization, config, weights = quantization, source.config, source.weights
         self._biased = [name for name, linear in weights.linears.items() if linear.bias is not None]
         layout = tensor_layout(config, quantization)
         for name in self._biased:
             layout[f"{name}.bias"] = (np.dtype(np.float16), weights.linears[name].bias.shape)
-        write_configs(folder, source, quantization)
+        write_configs(folder, source, quantization, facts)
         self._file = TensorFileWriter(folder / "model.safetensors", layout)
         self._file.write("model.embed_tokens.weight", to_half(weights.embedding, "model.embed_tokens.weight"))
         for name, norm in weights.norms.items():
@@ -145,9 +151,11 @@ def to_half(array: np.ndarray, name: str) -> np.ndarray:
     return half
 
 
-def write_configs(folder: Path, source: Checkpoint, quantization: QuantizeConfig) -> None:
-    """Both configs and the tokenizer's files."""
-    facts = quantization.to_dict(model_name=source.folder.resolve().name)
+def write_configs(
+    folder: Path, source: Checkpoint, quantization: QuantizeConfig, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Both configs and the tokenizer's files. ``facts`` are more entries of the quantisation dict, or other values."""
+    facts = quantization.to_dict(model_name=source.folder.resolve().name) | dict(facts or {})
     raw = read_json(source.folder / "config.json")
     raw.pop("quantization_config", None)
     raw["torch_dtype"] = "float16"

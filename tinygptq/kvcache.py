@@ -17,8 +17,15 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, xp=np) -> None:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = xp.zeros(shape, np.float32)
-        self.values = xp.zeros(shape, np.float32)
+        try:
+            self.keys = xp.zeros(shape, np.float32)
+            self.values = xp.zeros(shape, np.float32)
+        except (MemoryError, ValueError):  # NumPy raises the latter for sizes beyond the address space
+            gigabytes = 8e-9 * config.num_hidden_layers * batch * config.num_key_value_heads * capacity * config.head_dim
+            raise TinyGPTQError(
+                f"a context of {capacity} tokens needs {gigabytes:.3g} GB for keys and values, more than there is; "
+                "choose a smaller --context"
+            ) from None
         self.length = 0
 
     @property

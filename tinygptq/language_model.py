@@ -13,6 +13,7 @@ from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import GenerationConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.generate import StopStrings, generate_ids
+from tinygptq.hub import resolve
 from tinygptq.sampling import Sampler, SamplingParams
 from tinygptq.tokenizer import Tokenizer
 
@@ -67,7 +68,8 @@ class LanguageModel:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         sampler = Sampler(params, self.config.vocab_size, self.defaults.eos_token_ids, seed)
         tokens = generate_ids(self.engine, ids, sampler, max_new_tokens, self.defaults.eos_token_ids)
-        return _text(tokens, self.tokenizer, StopStrings((stop,) if isinstance(stop, str) else stop))
+        stops = StopStrings((stop,) if isinstance(stop, str) else stop)
+        return _text(tokens, self.tokenizer, stops, min(max_new_tokens, self.engine.capacity - len(ids)))
 
     def generate(self, prompt: str | Sequence[int], **settings) -> str:
         """The whole continuation of ``prompt``; settings as for :meth:`stream`."""
@@ -79,27 +81,37 @@ class LanguageModel:
         return evaluate.perplexity(self.engine.model, ids, seqlen, max_windows)
 
 
-def _text(tokens: Iterator[int], tokenizer: Tokenizer, stops: StopStrings) -> Iterator[str]:
+def _text(tokens: Iterator[int], tokenizer: Tokenizer, stops: StopStrings, most: int) -> Iterator[str]:
+    """One piece a token, of which there are ``most`` at most; end-of-text's own piece is what was held back, if any."""
     decoder = tokenizer.stream(continues=True)
-    for token in tokens:
-        yield stops.push(decoder.push(token))
+
+    def rest() -> str:
+        text = stops.push(decoder.flush())
+        return text if stops.found else text + stops.flush()
+
+    for count, token in enumerate(tokens, 1):
+        piece = stops.push(decoder.push(token))
+        yield piece + rest() if count == most and not stops.found else piece
         if stops.found:
             return
-    yield stops.push(decoder.flush())
-    if not stops.found:
-        yield stops.flush()
+    if text := rest():
+        yield text
 
 
-def load(source: str | Path, device: str = "cpu", context: int | None = None) -> LanguageModel:
-    """Load a folder, fp16, bf16, fp32 or GPTQ alike.
+def load(
+    source: str | Path, device: str = "cpu", context: int | None = None, revision: str | None = None
+) -> LanguageModel:
+    """Load a model, fp16, bf16, fp32 or GPTQ alike.
 
     Args:
+        source: a folder, or a repository of the hub as ``owner/name`` or ``owner/name:branch``.
         device: ``cpu``.
         context: tokens of prompt and answer together to make room for; None is the model's own maximum.
+        revision: branch, tag or commit of a repository.
     """
     if device != "cpu":
         raise TinyGPTQError(f"device {device!r} is not available; use 'cpu'")
-    checkpoint = load_checkpoint(source)
+    checkpoint = load_checkpoint(resolve(source, revision))
     if context is not None and context < 1:
         raise TinyGPTQError(f"context is {context}, expected at least 1 token")
     return LanguageModel(checkpoint, context)

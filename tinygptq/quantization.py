@@ -16,11 +16,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tinygptq.checkpoint import Checkpoint, from_gptq, load_checkpoint
+from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.export import QuantizedFolderWriter, gptq_tensors, new_folder, require_packable
+from tinygptq.facts import calibration_facts, made_by
 from tinygptq.gptq import Hessian, Solution, prepare, round_to_nearest, solve
+from tinygptq.gptq_files import from_gptq
+from tinygptq.hub import model_name, resolve
 from tinygptq.model import Llama
 from tinygptq.packing import PackedLinear
 from tinygptq.weights import Linear, Weights
@@ -65,8 +68,9 @@ def quantize(
     template: str = "tulu",
     method: str = "gptq",
     device: str = "cpu",
+    revision: str | None = None,
 ) -> QuantizeReport:
-    """Quantise the folder ``src`` (fp16, bf16 or fp32) into the new folder ``out``.
+    """Quantise the model ``src`` (fp16, bf16 or fp32; a folder, or ``owner/name:branch``) into the new folder ``out``.
 
     Args:
         dataset: what :func:`tinygptq.calibrate.calibration_windows` takes: a .txt or .jsonl file, or a named set.
@@ -74,6 +78,7 @@ def quantize(
         seed: which windows of a named set are drawn.
         template: prompt template that instruction sets are rendered with.
         method: ``gptq``, or ``rtn`` for rounding to nearest (no calibration text is read).
+        revision: branch, tag or commit when ``src`` is a repository.
 
     Raises:
         TinyGPTQError: anything the user can mend; nothing half-written stays behind.
@@ -88,7 +93,7 @@ def quantize(
     if seed < 0:
         raise TinyGPTQError(f"seed is {seed}, expected at least 0")
     started, config = time.perf_counter(), config or QuantizeConfig()
-    source = load_checkpoint(src)
+    source = load_checkpoint(resolve(src, revision))
     if source.quantization is not None:
         raise TinyGPTQError(f"{src}: is quantised already ({source.quantization.bits} bits)")
     require_packable(source.config, config)
@@ -97,7 +102,9 @@ def quantize(
         ids = None
         if method == "gptq":
             ids = calibration_windows(dataset, Tokenizer.from_folder(source.folder), nsamples, seqlen, seed, template)
-        with QuantizedFolderWriter(folder, source, config) as writer:
+        facts = {"meta": calibration_facts(dataset, nsamples, seqlen, seed, template) if method == "gptq" else made_by()}
+        facts["model_name_or_path"] = model_name(source.folder)
+        with QuantizedFolderWriter(folder, source, config, facts) as writer:
             model = fast_model(source, dict(source.weights.linears))
             for name, solution, report in quantize_blocks(model, ids, config):
                 writer.write(name, solution)

@@ -237,8 +237,26 @@ def test_generate_stops_at_a_stop_string_and_at_the_context(tinygptq, folders):
     text = tinygptq(*GENERATE, "--max-new-tokens", "30")[1][:-1]
     stop = text[10:12]
     assert tinygptq(*GENERATE, "--max-new-tokens", "30", "--stop", stop)[1] == text[: text.index(stop)] + "\n"
-    model = load(folders / "model", context=12)
-    assert len(list(model.stream("hello", max_new_tokens=500, min_new_tokens=500))) == 12 - 5 + 1  # a last "" ends the text
+    assert len(list(load(folders / "model", context=12).stream("hello", max_new_tokens=500, min_new_tokens=500))) == 12 - 5
+
+
+@pytest.mark.parametrize("stop", [(), ("\x00\x00",), ("e", "o"), "e"])
+def test_streaming_gives_one_piece_a_token_and_the_same_text(folders, stop):
+    from tinygptq import load
+    from tinygptq.generate import generate_ids
+    from tinygptq.sampling import Sampler, SamplingParams
+
+    model = load(folders / "model", context=64)
+    for seed in range(5):
+        sampler = Sampler(SamplingParams(temperature=2.0, min_new_tokens=40), 260, (2,), seed)
+        ids = list(generate_ids(model.engine, model.tokenizer.encode("hello"), sampler, 40, (2,)))
+        text = model.tokenizer.decode(ids)  # random bytes: many are no UTF-8, and the last may be half a character
+        stops = (stop,) if isinstance(stop, str) else stop
+        end = min((text.find(one) for one in stops if one in text), default=len(text))
+        settings = {"max_new_tokens": 40, "min_new_tokens": 40, "temperature": 2.0, "seed": seed}
+        pieces = list(model.stream("hello", stop=stop, **settings))
+        assert "".join(pieces) == text[:end]
+        assert len(pieces) == 40 if end == len(text) else len(pieces) <= 40
 
 
 def test_the_forward_pass_of_a_loaded_model_is_the_definition(folders):
@@ -262,13 +280,13 @@ def test_the_whole_road_on_the_embedded_model(embedded: Path, tinygptq, tmp_path
     calibration = embedded / "calibration.txt"
     if not (text.is_file() and calibration.is_file()):
         pytest.skip("the embedded model has no texts beside it")
-    code, report, _ = tinygptq("quantize", embedded, out, "--dataset", calibration, "--nsamples", "16", "--seqlen", "128",
+    code, report, _ = tinygptq("quantize", embedded, out, "--dataset", calibration, "--nsamples", "8", "--seqlen", "128",
                                "--group-size", "64", "--json")  # fmt: skip
     assert code == 0
     assert one_object(report)["bytes"] < (embedded / "model.safetensors").stat().st_size
     figures = {}
     for folder in (embedded, out):
-        code, line, _ = tinygptq("perplexity", folder, "--dataset", text, "--seqlen", "128", "--max-windows", "16", "--json")
+        code, line, _ = tinygptq("perplexity", folder, "--dataset", text, "--seqlen", "128", "--max-windows", "8", "--json")
         assert code == 0
         figures[folder] = one_object(line)["perplexity"]
     assert figures[embedded] < figures[out] < 1.3 * figures[embedded]

@@ -221,8 +221,9 @@ def test_a_zero_point_of_zero_is_refused_by_format_gptq():
     with pytest.raises(TinyGPTQError, match="zero point of 0 cannot be written in format 'gptq'; use 'gptq_v2'"):
         gptq_tensors(solution, QuantizeConfig(4, -1))
     assert (gptq_tensors(solution, QuantizeConfig(4, -1, checkpoint_format="gptq_v2"))["qzeros"] == 0).all()
-    full = replace(solution, zeros=np.full((32, 1), 16, np.uint16))  # what only 'gptq' can hold at 4 bits
-    assert (gptq_tensors(full, QuantizeConfig(4, -1))["qzeros"] == -1).all()
+    full = replace(solution, zeros=np.full((32, 1), 16, np.uint16))  # stored as 15, it would be read as a wrapped 0
+    with pytest.raises(TinyGPTQError, match="zero point of 16 is beyond the largest code of 4 bits"):
+        gptq_tensors(full, QuantizeConfig(4, -1))
 
 
 @pytest.mark.parametrize(

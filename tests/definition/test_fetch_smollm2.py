@@ -1,4 +1,4 @@
-"""The conversion from llama.cpp's GGUF: row order, names, outcomes of failure."""
+"""Fetching SmolLM2: outcomes of failure, and what the folder holds. The conversion itself: test_convert_gguf.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fetch_smollm2.py"
@@ -19,29 +18,6 @@ def script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (2, 6), (3, 8)])
-def test_rows_of_q_and_k_return_to_hugging_face_order(script, heads, head_dim):
-    """llama.cpp keeps the two rows of rotary pair i side by side, at 2i and 2i + 1 of their head."""
-    original = np.random.default_rng(0).standard_normal((heads * head_dim, 5)).astype(np.float32)
-    stored = np.empty_like(original)
-    half = head_dim // 2
-    for head in range(heads):
-        for i in range(half):
-            stored[head * head_dim + 2 * i] = original[head * head_dim + i]
-            stored[head * head_dim + 2 * i + 1] = original[head * head_dim + i + half]
-    restored = script.halves_from_pairs(stored, heads)
-    assert restored.dtype == np.float32
-    np.testing.assert_array_equal(restored, original)
-
-
-def test_names(script):
-    assert script.hugging_face_name("blk.12.attn_q.weight") == "model.layers.12.self_attn.q_proj.weight"
-    assert script.hugging_face_name("blk.0.ffn_norm.weight") == "model.layers.0.post_attention_layernorm.weight"
-    assert script.hugging_face_name("token_embd.weight") == "model.embed_tokens.weight"
-    with pytest.raises(script.FetchError, match=r"rope_freqs\.weight"):
-        script.hugging_face_name("rope_freqs.weight")
 
 
 def test_failure_is_one_line_and_leaves_nothing(script, tmp_path, capsys):

@@ -60,6 +60,12 @@ def test_top_p_of_zero_keeps_the_likeliest_alone():
     assert np.flatnonzero(keep_top_p(np.array([1, 3, 2], np.float32), 0.0) > -np.inf).tolist() == [1]
 
 
+@pytest.mark.parametrize(("p", "count"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.76, 4)])
+def test_top_p_reached_exactly_is_enough(p, count):
+    kept = keep_top_p(np.zeros(4, np.float32), p)  # four quarters, exact in binary
+    assert (kept > -np.inf).sum() == count
+
+
 def test_top_p_skips_what_top_k_took_out():
     logits = np.array([5, -np.inf, 4, -np.inf], np.float32)
     assert np.flatnonzero(keep_top_p(logits, 0.99) > -np.inf).tolist() == [0, 2]

@@ -91,3 +91,11 @@ def test_equal_logits_at_the_top_k_boundary_all_stay_in_both(top_k):
     params = SamplingParams(temperature=1.0, top_k=top_k)
     expected = process.TopKLogitsWarper(top_k)(None, torch.from_numpy(logits)[None])[0].numpy()
     assert np.array_equal(Sampler(params, VOCAB, (), 0).distribution(logits), expected)
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5, 0.75, 0.76])
+def test_a_top_p_that_is_reached_exactly_keeps_as_many_in_both(p):
+    logits = np.zeros(4, np.float32)  # four quarters, exact in binary; which of them stay is not defined
+    expected = process.TopPLogitsWarper(p)(None, torch.tensor(logits)[None])[0].numpy()
+    found = Sampler(SamplingParams(temperature=1.0, top_p=p), 4, (), 0).distribution(logits)
+    assert (found > -np.inf).sum() == (expected > -np.inf).sum()

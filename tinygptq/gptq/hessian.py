@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tinygptq import threads
 from tinygptq.errors import TinyGPTQError
 from tinygptq.ops import array_module
 
@@ -38,7 +39,7 @@ class Hessian:
         X = X.astype(self.dtype, copy=False)
         x = X.reshape(-1, self.in_features)  # (B * T, in)
         with np.errstate(over="ignore", invalid="ignore"):
-            xxT = x.T @ x  # (in, in); NumPy sees one array twice and calls BLAS's syrk, half the work of a product
+            xxT = threads.gram(x) if xp is np else x.T @ x  # (in, in)
         # A NaN or infinity in column k of x shows in diagonal entry k, so that the tokens need no pass of their own.
         bad = ~xp.isfinite(xp.diagonal(xxT))
         if bad.any():

@@ -19,6 +19,7 @@ from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq.grid import OVERFLOW, SMALLEST_SCALE
 from tinygptq.gptq.solver import Columns
+from tinygptq.threads import matmul
 
 B = 8  # columns in a block: what `_correct_by_block` holds in registers
 ROWS = 64  # rows in a chunk, of which a core's second-level cache holds some 2,000 columns
@@ -41,8 +42,8 @@ def _factor_into(Hinv: np.ndarray, H: np.ndarray, smallest: float) -> None:
         H = [A    C]   R = [P^-1   S  ]   Y factors D^-1,            S = C Y^T,
             [C^T  D]       [ 0    Y^-1]   P factors (A - S S^T)^-1,  and the corner of Hinv is -P S Y.
 
-    Nearly all work is in a few large products; LAPACK's own factorisation makes many small ones, which two threads share
-    badly (on a busy machine 20 times slower than one). Raises LinAlgError for pivots of at most ``smallest``.
+    Nearly all work is in a few large products, which threads share well. Raises LinAlgError for pivots of at most
+    ``smallest``.
     """
     n = len(H)
     if n <= LEAF:
@@ -54,9 +55,9 @@ def _factor_into(Hinv: np.ndarray, H: np.ndarray, smallest: float) -> None:
     h = n // 2
     P, Y = Hinv[:h, :h], Hinv[h:, h:]
     _factor_into(Y, H[h:, h:], smallest)
-    S = H[:h, h:] @ Y.T
-    _factor_into(P, H[:h, :h] - S @ S.T, smallest)
-    Hinv[:h, h:] = -P @ (S @ Y)
+    S = matmul(H[:h, h:], Y.T)
+    _factor_into(P, H[:h, :h] - matmul(S, S.T), smallest)
+    Hinv[:h, h:] = matmul(-P, matmul(S, Y))
 
 
 def quantize_columns(

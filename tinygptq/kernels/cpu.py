@@ -6,15 +6,13 @@ those tiles directly, and W never exists; for many rows it is cheaper to write W
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from tinygptq import threads
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels import cpu_launch, cpu_tiles
 from tinygptq.kernels.cpu_layout import place_of_rows
@@ -35,8 +33,6 @@ __all__ = [
     "swiglu",
     "warm_up",
 ]
-
-log = logging.getLogger("tinygptq")
 
 FEW_ROWS = 16  # up to here the tiles win over writing W out and calling BLAS (measured, scripts/bench/cpu_speed.py)
 SCORES_AT_ONCE = 1 << 22  # attention scores in memory at a time (16 MiB), however long the context
@@ -80,26 +76,42 @@ class CpuLinear:
         return sum(array.nbytes for array in self.arrays)
 
 
+def warm_up() -> None:
+    """Compile the kernels, or load them from the disk cache; the log ("tinygptq", INFO) says so when it compiles."""
+    cpu_launch.run(cpu_launch.RMS_NORM, 0)
+
+
 # ------------------------------------------------------------------------------------------ preparing
 
 
-def aligned_empty(nbytes: int) -> np.ndarray:
-    """uint8 [nbytes] that begins at a cache line."""
-    raw = np.empty(nbytes + 63, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + nbytes]
+class _Arena:
+    """Hands out pieces of large blocks: in large blocks the operating system can use large pages, which read faster."""
+
+    BLOCK = 1 << 25
+
+    def __init__(self) -> None:
+        self._block, self._used = np.empty(0, np.uint8), 0
+
+    def allocate(self, nbytes: int) -> np.ndarray:
+        """uint8 [nbytes] that begins at a cache line."""
+        start = self._used + -(self._block.ctypes.data + self._used) % 64
+        if start + nbytes > self._block.size:
+            self._block = np.empty(max(nbytes + 63, self.BLOCK), np.uint8)
+            start = -self._block.ctypes.data % 64
+        self._used = start + nbytes
+        return self._block[start : self._used]
 
 
-def prepare(layer: Linear, allocate: Callable[[int], np.ndarray] = aligned_empty) -> CpuLinear:
+_arena = _Arena()
+
+
+def prepare(layer: Linear) -> CpuLinear:
     """Bring a linear into the form the kernels read; dense weights stay where they are.
-
-    Args:
-        allocate: gives uint8 [nbytes] at a multiple of 64 for the codes.
 
     Raises:
         TinyGPTQError: a dense weight that is no float16, bfloat16 or float32.
     """
-    return _prepare_packed(layer, allocate) if isinstance(layer, PackedLinear) else _prepare_dense(layer)
+    return _prepare_packed(layer) if isinstance(layer, PackedLinear) else _prepare_dense(layer)
 
 
 def _prepare_dense(layer: DenseLinear) -> CpuLinear:
@@ -115,12 +127,12 @@ def _prepare_dense(layer: DenseLinear) -> CpuLinear:
     return _with_bias(table, (weight,), layer.bias)
 
 
-def _prepare_packed(layer: PackedLinear, allocate: Callable[[int], np.ndarray]) -> CpuLinear:
+def _prepare_packed(layer: PackedLinear) -> CpuLinear:
     inputs, outputs, bits = layer.in_features, layer.out_features, layer.bits
     source = _padded_rows(inputs, layer.group_size)
     rows, group = len(source), min(-(-layer.group_size // UNIT) * UNIT, len(source))
     tiles = -(-outputs // COLUMNS)
-    codes = allocate(tiles * rows * COLUMNS * bits // 8).view(np.int32)
+    codes = _arena.allocate(tiles * rows * COLUMNS * bits // 8).view(np.int32)
     qweight = np.ascontiguousarray(layer.qweight)
     cpu_launch.run(cpu_launch.REPACK, tiles, qweight, outputs, bits, source, rows, *place_of_rows(bits), codes)
     wide = layer.scales.dtype != np.float16
@@ -173,7 +185,7 @@ _scratch = threading.local()
 
 
 def linear(x: np.ndarray, layer: Linear) -> np.ndarray:
-    """``x float32 [..., K] -> x @ W + bias float32 [..., N]``; the layer is prepared on first use, for as long as it lives."""
+    """``x float32 [..., K] -> x @ W + bias float32 [..., N]``; the layer is prepared on first use."""
     return matmul(x, prepared(layer))
 
 
@@ -218,16 +230,16 @@ def _many(x: np.ndarray, weights: CpuLinear) -> np.ndarray:
     outputs, inputs = weights.out_features, weights.in_features
     bias = weights.arrays[-1][:outputs] if weights.table[cpu_tiles.BIAS] else None
     if weights.table[cpu_tiles.KIND] == cpu_tiles.FLOAT32:
-        y = x @ weights.arrays[0].T
+        y = threads.matmul(x, weights.arrays[0].T)
     elif weights.is_packed:
         columns = -(-outputs // COLUMNS) * COLUMNS
         weight = _room(inputs * columns).reshape(inputs, columns)
         cpu_launch.run(cpu_launch.DEQUANTIZE, columns // COLUMNS, weights.table, weight, weight.strides[0])
-        y = x @ weight[:, :outputs]
+        y = threads.matmul(x, weight[:, :outputs])
     else:
         weight = _room(inputs * outputs).reshape(outputs, inputs)
         cpu_launch.run(cpu_launch.WIDEN, outputs, weights.table, weight)
-        y = x @ weight.T
+        y = threads.matmul(x, weight.T)
     if bias is not None:
         y += bias
     return y
@@ -236,7 +248,7 @@ def _many(x: np.ndarray, weights: CpuLinear) -> np.ndarray:
 def _room(count: int) -> np.ndarray:
     """float32 [count] to write a weight into: the same memory every time, one for each thread that calls."""
     if getattr(_scratch, "weight", np.empty(0)).size < count:
-        _scratch.weight = aligned_empty(4 * count).view(np.float32)
+        _scratch.weight = np.empty(count, np.float32)
     return _scratch.weight[:count]
 
 
@@ -259,9 +271,9 @@ def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
         end = min(start + block, tokens)
         visible = seen - tokens + end  # keys that the block's last query sees
         rows = q[:, :, :, start:end].reshape(batch, groups, share * (end - start), dim)  # (B, G, H/G * t, D)
-        scores = rows @ k[:, :, :visible].swapaxes(-1, -2)  # (B, G, H/G * t, S')
+        scores = threads.matmul(rows, k[:, :, :visible].swapaxes(-1, -2))  # (B, G, H/G * t, S')
         cpu_launch.run(cpu_launch.SOFTMAX, scores.size // visible, scores, visible, end - start)
-        mixed = (scores @ v[:, :, :visible]).reshape(batch, groups, share, end - start, dim)
+        mixed = threads.matmul(scores, v[:, :, :visible]).reshape(batch, groups, share, end - start, dim)
         out[:, start:end] = mixed.transpose(0, 3, 1, 2, 4)  # (B, t, G, H/G, D)
     return out.reshape(batch, tokens, heads * dim)
 

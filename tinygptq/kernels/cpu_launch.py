@@ -1,77 +1,95 @@
-"""The one door between Python and the compiled kernels: every parallel region of the package is :func:`launch`.
+"""The one door between Python and the compiled kernels: every parallel region of the package is :func:`_launch`.
 
-Numba takes a second or more to compile each parallel region and each function with array arguments, so there is one region,
-with one array argument, a *job*: what to do, then addresses and sizes. It is compiled once and cached on disk; Numba renews
-the cache when this file changes, and ``_fingerprint`` makes it notice the others.
+Numba takes seconds to compile a parallel region with the kernels in it, and compiles code anew for every function that
+contains it. So the kernels are one C function, ``run_part``, and one tiny parallel loop calls it through its address. What
+to do comes as a *job*: int64 numbers, the operation first, then addresses and sizes. Both are compiled on first use and
+cached on disk (in ``__pycache__``, or where NUMBA_CACHE_DIR says).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
-from numba import njit, prange
+from numba import cfunc, njit, prange
 
-from tinygptq.kernels import cpu_attention, cpu_decode, cpu_layout, cpu_rows
-from tinygptq.kernels.simd import get, inner
+from tinygptq.kernels import cpu_attention, cpu_decode, cpu_layout, cpu_rows, simd
+from tinygptq.kernels.simd import get
 
-# What a job does; its other numbers are named where the job is made, in cpu.py and cpu_plan.py
+log = logging.getLogger("tinygptq")
+
+# What a job does; its other numbers are named where they are read
 DECODE, REPACK, INTEGERS, TILES, DEQUANTIZE, WIDEN, SOFTMAX, RMS_NORM, SWIGLU, ROPE = range(10)
 
 
 def run(op: int, parts: int, *numbers: int | np.ndarray, number: float = 0.0) -> None:
     """Do ``parts`` parts of a job in parallel; an array among ``numbers`` stands for its address."""
-    job = [n.ctypes.data if isinstance(n, np.ndarray) else n for n in numbers]
-    launch(np.array([op, *job], np.int64), parts, np.float32(number))
+    job = np.array([op, *(n.ctypes.data if isinstance(n, np.ndarray) else n for n in numbers)], np.int64)
+    _launch(kernels().address, job.ctypes.data, parts, np.float32(number))
 
 
-@inner
-def _run_part(job, part, number):
-    """Part ``part`` of the job at an address."""
-    op = get(job, 0)
-    if op == DECODE:
-        cpu_decode.run_tasks(job, part, number)
-    elif op == REPACK:
-        cpu_layout.repack_tile(job, part)
-    elif op == INTEGERS:
-        cpu_rows.integers_of_row(job, part)
-    elif op == TILES:
-        cpu_rows.tiles_of_rows(job, part)
-    elif op == DEQUANTIZE:
-        cpu_layout.dequantized_tile(get(job, 1), part, get(job, 2), get(job, 3))
-    elif op == WIDEN:
-        cpu_rows.widen_row(job, part)
-    elif op == SOFTMAX:
-        cpu_attention.causal_softmax_row(job, part)
-    elif op == RMS_NORM:
-        cpu_rows.rms_norm_row(job, part, number)
-    elif op == SWIGLU:
-        cpu_rows.swiglu_part(job, part)
-    elif op == ROPE:
-        cpu_rows.rotate_row(job, part)
+@njit(parallel=True, cache=True)
+def _launch(function, job, parts, number):
+    for part in prange(parts):
+        simd.call(function, job, part, number)
+
+
+@functools.cache
+def kernels():
+    """The compiled kernels, from the disk cache if it has them; INFO says how long that took."""
+    start = time.perf_counter()
+    notice = threading.Timer(1.5, log.info, ["compiling the CPU kernels: once, some 10 to 20 seconds ..."])
+    notice.daemon = True
+    notice.start()  # loading from the cache takes a fraction of a second
+    try:
+        function = _compile(_fingerprint())
+    finally:
+        notice.cancel()
+    if function.cache_hits == 0:
+        log.info("compiled the CPU kernels in %.1f s; the next start finds them on disk", time.perf_counter() - start)
+    return function
 
 
 def _fingerprint() -> int:
-    """A number that changes with any source the kernels are compiled from."""
+    """A number that changes with any source of this folder."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return int.from_bytes(digest.digest()[:4], "big")
 
 
-def _make_launch(sources: int):
-    """``launch``, as a closure over ``sources``: Numba's cache distinguishes closures by the values they hold."""
+def _compile(sources: int):
+    """The C function; its cache depends on the values that a closure holds, so ``sources`` renews it with any source."""
 
-    @njit("void(int64[::1], int64, float32)", parallel=True, cache=True)
-    def launch(job, parts, number):
-        address = np.int64(job.ctypes.data)
+    @cfunc("void(int64, int64, float32)", cache=True)
+    def run_part(job, part, number):
+        op = get(job, 0)
         if sources < 0:
             return
-        for part in prange(parts):
-            _run_part(address, part, number)
+        if op == DECODE:
+            cpu_decode.run_tasks(job, part, number)
+        elif op == REPACK:
+            cpu_layout.repack_tile(job, part)
+        elif op == INTEGERS:
+            cpu_rows.integers_of_row(job, part)
+        elif op == TILES:
+            cpu_rows.tiles_of_rows(job, part)
+        elif op == DEQUANTIZE:
+            cpu_layout.dequantized_tile(get(job, 1), part, get(job, 2), get(job, 3))
+        elif op == WIDEN:
+            cpu_rows.widen_row(job, part)
+        elif op == SOFTMAX:
+            cpu_attention.causal_softmax_row(job, part)
+        elif op == RMS_NORM:
+            cpu_rows.rms_norm_row(job, part, number)
+        elif op == SWIGLU:
+            cpu_rows.swiglu_part(job, part)
+        elif op == ROPE:
+            cpu_rows.rotate_row(job, part)
 
-    return launch
-
-
-launch = _make_launch(_fingerprint())
+    return run_part

@@ -60,7 +60,7 @@ def _codes_of_pair(bits: int):
     """The codes of one pair of a unit, low and high still side by side: columns 0-7 and 8-15."""
     pairs_per_word, mask = 16 // bits, 0x00010001 * (2**bits - 1)
 
-    @inner(forceinline=True)
+    @inner(inline="always")
     def codes(unit, pair):
         if bits == 3 and pair == 15:
             one = splat_i32(0x00010001)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,7 +111,8 @@ def make_plan(
     linears = [embedding, *(linear for block in blocks for linear in block), head]
     layout = np.zeros(LAYOUT_FIELDS, np.int64)
     layout[NORM_WIDTH] = _padded(config.hidden_size)
-    layout[HIDDEN], layout[HEADS], layout[KV_HEADS] = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    layout[HIDDEN], layout[HEADS] = config.hidden_size, config.num_attention_heads
+    layout[KV_HEADS] = config.num_key_value_heads
     layout[HEAD_DIM], layout[CAPACITY] = config.head_dim, capacity
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -177,4 +179,4 @@ def _make_tasks(config: LlamaConfig, linears: list[CpuLinear], layout: np.ndarra
 def _ranges(count: int, pieces: int) -> list[tuple[int, int]]:
     """``pieces`` ranges of nearly equal length that cover 0 .. count-1."""
     ends = [count * piece // pieces for piece in range(pieces + 1)]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))

@@ -14,7 +14,10 @@ TILES_AT_ONCE = 4  # tiles a part of a product computes: some microseconds of wo
 
 @inner
 def integers_of_row(job, m):
-    """Row m of x as integers. Job: op, linear, x, its stride in bytes, ordered, pairs, their stride, sums, its stride, units."""
+    """Row m of x as integers.
+
+    Job: op, linear, x, its stride, ordered, pairs, their stride, sums, their stride, units; strides in bytes a row.
+    """
     linear = get(job, 1)
     x, room, sums = get(job, 2) + m * get(job, 3), m * get(job, 6), get(job, 7) + m * get(job, 8)
     unit = cpu_tiles.integer_input(linear, x, get(job, 4) + room, get(job, 5) + room, sums)
@@ -44,7 +47,8 @@ def widen_row(job, n):
 @inner
 def rms_norm_row(job, row, eps):
     """ops.rms_norm of one row. Job: op, x, weight, width, out."""
-    x, weight, width, out = get(job, 1) + 4 * get(job, 3) * row, get(job, 2), get(job, 3), get(job, 4) + 4 * get(job, 3) * row
+    weight, width = get(job, 2), get(job, 3)
+    x, out = get(job, 1) + 4 * width * row, get(job, 4) + 4 * width * row
     scale = np.float32(1.0) / np.sqrt(dot(x, x, width) / np.float32(width) + eps)
     whole = width // LANES * LANES
     for i in range(0, whole, LANES):

@@ -124,7 +124,7 @@ def _even_width(bits: int):
     mask = 0x00010001 * (2**bits - 1)
     words, pairs_per_word = bits // 2, 16 // bits
 
-    @inner(forceinline=True)
+    @inner(inline="always")
     def sums(codes, x, units):
         """Sums of code * x, high and low parts, of columns 0-7 and of columns 8-15."""
         high0 = low0 = high1 = low1 = splat_i32(0)
@@ -150,7 +150,7 @@ def _even_width(bits: int):
 def _three_bits():
     """The integer sums of a stretch of units, for 3 bits."""
 
-    @inner(forceinline=True)
+    @inner(inline="always")
     def sums(codes, x, units):
         """Sums of code * x, high and low parts, of columns 0-7 and of columns 8-15."""
         high0 = low0 = high1 = low1 = splat_i32(0)
@@ -211,7 +211,7 @@ def _packed_tile(bits: int, sums):
     return tile
 
 
-@inner(forceinline=True)
+@inner(inline="always")
 def _finish(linear, index, y0, y1, out):
     """Add the bias, if there is one, and store a tile's 16 outputs."""
     if get(linear, BIAS):
@@ -227,7 +227,7 @@ _tile4 = _packed_tile(4, _even_width(4))
 _tile8 = _packed_tile(8, _even_width(8))
 
 
-@inner(forceinline=True)
+@inner(inline="always")
 def scales_and_zeros(linear, at, bits):
     """Scale and zero of columns 0-7, then of columns 8-15, of record ``at`` (tile and group counted together)."""
     zero0 = zero1 = splat(np.float32(1 << (bits - 1)))
@@ -263,7 +263,7 @@ def _dense_tile(load, read, size: int):
         if get(linear, BIAS):
             _finish(linear, index, load_f32(out), load_f32(out + 32), out)
 
-    @inner(forceinline=True)
+    @inner(inline="always")
     def row(w, x, count):
         """The inner product of a row of W and x, in four partial sums a lane."""
         y0 = y1 = y2 = y3 = splat(0.0)

@@ -418,3 +418,10 @@ def give_way(builder):
         module = builder.module
         function = module.globals.get("sched_yield") or ir.Function(module, ir.FunctionType(_I32, []), "sched_yield")
         builder.call(function, [])
+
+
+@_instruction(types.void, types.int64, types.int64, types.int64, types.float32)
+def call(builder, function, job, part, number):
+    """Call the compiled C function ``void (int64, int64, float32)`` at an address."""
+    kind = ir.FunctionType(ir.VoidType(), [_I64, _I64, _F32])
+    builder.call(builder.inttoptr(function, kind.as_pointer()), [job, part, number])

@@ -1,0 +1,55 @@
+"""The twins of ops.py's functions: norm, SwiGLU, rotary embedding, causal attention."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tinygptq import ops
+from tinygptq.kernels import cpu
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("width", [1, 7, 64, 100])
+def test_rms_norm(width):
+    x, weight = random(2, 3, width) * 4, random(width, seed=1)
+    y = cpu.rms_norm(x, weight, 1e-5)
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, ops.rms_norm(x, weight, 1e-5), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 3, 4096), (4097,)])
+def test_swiglu(shape):
+    gate, up = random(*shape) * 30, random(*shape, seed=1)
+    expected = ops.swiglu(gate, up.copy())
+    y = cpu.swiglu(gate, up)
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, expected, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("heads", "tokens", "dim"), [(1, 1, 2), (3, 5, 8), (2, 4, 10)])
+def test_apply_rope(heads, tokens, dim):
+    x, angles = random(2, heads, tokens, dim), random(tokens, dim // 2, seed=1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    expected = ops.apply_rope(x, cos, sin)
+    np.testing.assert_allclose(cpu.apply_rope(x.copy(), cos, sin), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "groups", "tokens", "seen", "dim"), [(1, 1, 1, 1, 2), (6, 2, 5, 5, 8), (4, 4, 3, 20, 10)])
+@pytest.mark.parametrize("at_once", [1, 1 << 22])
+def test_causal_attention(monkeypatch, heads, groups, tokens, seen, dim, at_once):
+    monkeypatch.setattr(cpu, "SCORES_AT_ONCE", at_once)
+    q, k = random(2, heads, tokens, dim) * 3, random(2, groups, seen, dim, seed=1) * 3
+    v = random(2, groups, seen, dim, seed=2)
+    y = cpu.causal_attention(q, k, v)
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, ops.causal_attention(q, k, v), atol=2e-6)
+
+
+def test_causal_attention_in_several_blocks(monkeypatch):
+    monkeypatch.setattr(cpu, "SCORES_AT_ONCE", 1)
+    q, k, v = random(1, 2, 50, 4), random(1, 1, 70, 4, seed=1), random(1, 1, 70, 4, seed=2)
+    np.testing.assert_allclose(cpu.causal_attention(q, k, v), ops.causal_attention(q, k, v), atol=2e-6)

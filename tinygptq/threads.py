@@ -1,0 +1,77 @@
+"""Matrix products on all cores without threads that spin.
+
+BLAS keeps its threads spinning between calls, and so does OpenMP under Numba's parallel loops. Each set takes the cores from
+the other, and from everything else on the machine: measured on two busy cores, a forward pass took thirty times as long as
+on one. So OpenMP is asked to sleep (below, before Numba starts it), BLAS is held to one thread within the calls here, and
+the rows of a product are shared out among plain Python threads, which NumPy runs side by side.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the OpenMP library is loaded, at Numba's first launch
+
+WORTH_SHARING = 1 << 22  # multiplications below which one thread is done before a second has started
+
+
+def count() -> int:
+    """Threads to use: NUMBA_NUM_THREADS if set, else the cores this process may run on."""
+    given = os.environ.get("NUMBA_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """``a @ b``: float32 [..., M, K] and [..., K, N] with equal leading axes (or b without them) -> [..., M, N]."""
+    out = np.empty((*a.shape[:-1], b.shape[-1]), np.result_type(a, b))
+
+    def product(rows: slice) -> None:
+        np.matmul(a[..., rows, :], b, out=out[..., rows, :])
+
+    _share(a.shape[-2], a.size * b.shape[-1], product)
+    return out
+
+
+def gram(x: np.ndarray) -> np.ndarray:
+    """``x.T @ x`` of [T, K] -> [K, K]; NumPy gives each share to BLAS's syrk, half the work of a product.
+
+    The sum's order is that of the rows, whichever thread is done first; it does depend on the number of threads.
+    """
+    parts: dict[int, np.ndarray] = {}
+
+    def product(rows: slice) -> None:
+        parts[rows.start] = x[rows].T @ x[rows]
+
+    _share(x.shape[0], x.size * x.shape[1] // 2, product)
+    ordered = [parts[start] for start in sorted(parts)]
+    return functools.reduce(lambda total, part: np.add(total, part, out=total), ordered)
+
+
+def _share(rows: int, work: int, product: Callable[[slice], None]) -> None:
+    """Call ``product`` for consecutive slices that cover ``rows``, at once; BLAS runs on one thread meanwhile."""
+    threads = min(count(), rows) if work >= WORTH_SHARING else 1
+    bounds = [rows * i // threads for i in range(threads + 1)]
+    slices = [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)] or [slice(0, 0)]
+    with _blas().limit(limits=1, user_api="blas"):
+        others = [_pool(threads).submit(product, rows) for rows in slices[1:]]
+        product(slices[0])
+        for other in others:
+            other.result()
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="tinygptq")
