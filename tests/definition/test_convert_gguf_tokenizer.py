@@ -67,6 +67,19 @@ def test_words_are_cut_by_the_rule_the_file_names(tmp_path: Path, pre):
     assert words == WORDS[pre].split(" ")
 
 
+@pytest.mark.parametrize(("pre", "whole"), [("llama-bpe", True), ("gpt-2", False)])
+def test_a_word_that_is_a_token_needs_no_merges(tmp_path: Path, pre, whole):
+    """LLaMA 3 takes it as it is; elsewhere merges alone make tokens."""
+    tokens, _ = byte_vocabulary()
+    tokens[260] = "cat"
+    kinds = [1] * 257 + [3, 3, 3, 1, 4]
+    changes = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.pre": pre}
+    write_gguf(tmp_path / "model.gguf", changes=changes)
+    convert(tmp_path / "model.gguf", tmp_path / "out")
+    ids = Tokenizer.from_folder(tmp_path / "out").encode("cat", bos=False)
+    assert ids == ([260] if whole else [tokens.index(letter) for letter in "cat"])
+
+
 def test_a_file_that_names_no_rule_gets_the_default_one_and_a_warning(tmp_path: Path, caplog):
     write_gguf(tmp_path / "model.gguf", changes={"tokenizer.ggml.pre": None})
     convert(tmp_path / "model.gguf", tmp_path / "out")

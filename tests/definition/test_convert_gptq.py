@@ -112,6 +112,8 @@ def test_sizes_of_shards():
     layout = {name: (np.dtype(np.float16), (count,)) for name, count in (("a", 5), ("b", 5), ("c", 30), ("d", 1))}
     assert [list(part) for part in split_layout(layout, 20)] == [["a", "b"], ["c"], ["d"]]
     assert [list(part) for part in split_layout(layout, None)] == [["a", "b", "c", "d"]]
+    equal = {name: (np.dtype(np.float16), (5,)) for name in "abcde"}
+    assert [list(part) for part in split_layout(equal, 20)] == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_uneven_groups_are_cut_finer(tmp_path: Path, caplog):
