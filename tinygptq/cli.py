@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from tinygptq import __version__
-from tinygptq.commands import convert, publish
+from tinygptq.commands import convert, inspect, publish
 from tinygptq.config import SUPPORTED_BITS, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.templates import TEMPLATES, render
 
 MODEL = "a folder, or a repository of the hub as OWNER/NAME or OWNER/NAME:BRANCH"
-FAMILIES: tuple = (publish, convert)  # modules of tinygptq.commands
+FAMILIES: tuple = (publish, convert, inspect)  # modules of tinygptq.commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,6 +71,7 @@ def _quantize(args: argparse.Namespace) -> None:
         method=args.method,
         device=args.device,
         revision=args.revision,
+        resume=args.resume,
     )
     size = (report.folder / "model.safetensors").stat().st_size
     if args.json:
@@ -186,6 +187,8 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add("--template", default="tulu", choices=sorted(TEMPLATES), help="prompt template of instruction sets (tulu)")
     add("--method", default="gptq", choices=("gptq", "rtn"), help="rtn rounds to nearest, without calibration")
     add("--checkpoint-format", default="gptq", choices=("gptq", "gptq_v2"), help="how zero points are stored (gptq)")
+    add("--resume", action="store_true", help="continue an earlier run that was cut off, at the block it had reached; "
+        "also keep what this one has done if an error or Ctrl-C stops it (one that is killed can be continued in any case)")
     add("--json", action="store_true", help="print one JSON object")
     _add_device(parser)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,12 @@ COMPANIONS = (
 )
 
 
+def require_free(out: Path) -> None:
+    """Raise if ``out`` exists and is not an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TinyGPTQError(f"{out}: already exists and is not an empty folder; remove it or choose another")
+
+
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """A folder to fill; on success it becomes ``out`` in one rename, on any failure nothing of it stays.
@@ -43,8 +50,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         TinyGPTQError: ``out`` exists and is not an empty folder, or the disk refuses (no permission, no room).
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise TinyGPTQError(f"{out}: already exists and is not an empty folder; remove it or choose another")
+    require_free(out)
     place = out.resolve()  # "." has no name to put the partial folder beside
     partial = place.with_name(f".{place.name}.partial-{os.getpid()}")
     try:
@@ -109,10 +115,21 @@ def gptq_tensors(solution: Solution, quantization: QuantizeConfig) -> dict[str, 
 
 
 class QuantizedFolderWriter:
-    """Fills a new folder: first what stays dense, then one linear after another as the solver finishes it."""
+    """Fills a new folder: first what stays dense, then one linear after another as the solver finishes it.
+
+    Args:
+        finished: tensors of linears that an earlier writer left in this folder, with the CRC-32 of each; they are kept.
+
+    ``checksums`` is such a dict, of all linears written so far.
+    """
 
     def __init__(
-        self, folder: Path, source: Checkpoint, quantization: QuantizeConfig, facts: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        source: Checkpoint,
+        quantization: QuantizeConfig,
+        facts: Mapping[str, Any] | None = None,
+        finished: Mapping[str, int] | None = None,
     ) -> None:
         self.quantization, config, weights = quantization, source.config, source.weights
         self._biased = [name for name, linear in weights.linears.items() if linear.bias is not None]
@@ -120,7 +137,8 @@ class QuantizedFolderWriter:
         for name in self._biased:
             layout[f"{name}.bias"] = (np.dtype(np.float16), weights.linears[name].bias.shape)
         write_configs(folder, source, quantization, facts)
-        self._file = TensorFileWriter(folder / "model.safetensors", layout)
+        self.checksums = dict(finished or {})
+        self._file = TensorFileWriter(folder / "model.safetensors", layout, keep=self.checksums)
         self._file.write("model.embed_tokens.weight", to_half(weights.embedding, "model.embed_tokens.weight"))
         for name, norm in weights.norms.items():
             self._file.write(f"{name}.weight", to_half(norm, name))
@@ -132,6 +150,11 @@ class QuantizedFolderWriter:
     def write(self, name: str, solution: Solution) -> None:
         for part, tensor in gptq_tensors(solution, self.quantization).items():
             self._file.write(f"{name}.{part}", tensor)
+            self.checksums[f"{name}.{part}"] = zlib.crc32(np.ascontiguousarray(tensor))
+
+    def flush(self) -> None:
+        """What was written so far is on the disk when this returns."""
+        self._file.flush()
 
     def __enter__(self) -> QuantizedFolderWriter:
         return self

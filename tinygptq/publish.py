@@ -1,14 +1,14 @@
 """All published permutations of a model, a folder for each branch, and the card; one after another or on a Dask cluster.
 
-A branch is a :class:`Job`, which any process that sees the same files can run: it writes its folder whole or not at all, and
-running it again on a finished folder does nothing. So a worker may be killed at any moment, and a run repeated at any time.
+A branch is a :class:`Job`, which any process that sees the same files can run: it writes its folder whole or not at all,
+running it again continues what was begun, and on a finished folder it does nothing. So a worker may be killed at any moment,
+and a run repeated at any time.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
 import threading
 import time
@@ -27,6 +27,7 @@ from tinygptq.facts import calibration_facts, read_meta, replace_text, text_fact
 from tinygptq.hub import model_name, resolve
 from tinygptq.language_model import load
 from tinygptq.quantization import quantize
+from tinygptq.resume import remove_leftovers
 from tinygptq.tensorfile import TensorFile
 
 log = logging.getLogger("tinygptq")
@@ -182,6 +183,7 @@ def run_job(job: Job) -> Outcome:
             kept = is_finished(job)
             if not kept:
                 _quantize(job)
+            remove_leftovers(Path(job.folder))
             measured = _measure(job)
         except TinyGPTQError as error:
             return Outcome(job.branch, str(error))
@@ -230,8 +232,6 @@ def _quantize(job: Job) -> None:
     folder, recipe = Path(job.folder), job.recipe
     if not Path(job.src).is_dir():
         raise TinyGPTQError(f"{job.src}: not to be seen from {socket.gethostname()}; workers must share SRC and OUT")
-    for partial in folder.parent.glob(f".{folder.name}.partial-*"):  # of a process that was killed
-        shutil.rmtree(partial, ignore_errors=True)
     quantize(
         job.src,
         folder,
@@ -241,6 +241,7 @@ def _quantize(job: Job) -> None:
         seqlen=recipe.seqlen,
         seed=recipe.seed,
         template=recipe.template,
+        resume=True,
     )
 
 
@@ -267,7 +268,7 @@ def _measure(job: Job) -> bool:
 def run_on_cluster(jobs: Iterable[Job], address: str) -> Iterator[Outcome]:
     """Run jobs on a Dask cluster, yielding outcomes as they come.
 
-    A job that raised is tried again, and one whose worker died is given to another; what it had begun is cleared away.
+    A job that raised is tried again, and one whose worker died is given to another, which continues what it had begun.
 
     Raises:
         TinyGPTQError: Dask is not installed, or no scheduler answers at the address.

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -19,13 +20,14 @@ from tqdm import tqdm
 from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import QuantizedFolderWriter, gptq_tensors, new_folder, require_packable
+from tinygptq.export import QuantizedFolderWriter, gptq_tensors, require_packable
 from tinygptq.facts import calibration_facts, made_by
 from tinygptq.gptq import Hessian, Solution, prepare, round_to_nearest, solve
 from tinygptq.gptq_files import from_gptq
 from tinygptq.hub import model_name, resolve
 from tinygptq.model import Llama
 from tinygptq.packing import PackedLinear
+from tinygptq.resume import Progress, fingerprint, unfinished_folder
 from tinygptq.weights import Linear, Weights
 
 log = logging.getLogger("tinygptq")
@@ -49,7 +51,7 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What :func:`quantize` did: the folder, seconds from start to closed files, one entry for each linear."""
+    """What :func:`quantize` did: the folder, seconds of work (of a resumed run, both parts), one entry for each linear."""
 
     folder: Path
     seconds: float
@@ -69,6 +71,7 @@ def quantize(
     method: str = "gptq",
     device: str = "cpu",
     revision: str | None = None,
+    resume: bool = False,
 ) -> QuantizeReport:
     """Quantise the model ``src`` (fp16, bf16 or fp32; a folder, or ``owner/name:branch``) into the new folder ``out``.
 
@@ -79,37 +82,56 @@ def quantize(
         template: prompt template that instruction sets are rendered with.
         method: ``gptq``, or ``rtn`` for rounding to nearest (no calibration text is read).
         revision: branch, tag or commit when ``src`` is a repository.
+        resume: go on where an earlier run with the same arguments was cut off, if there was one (see tinygptq/resume.py);
+            on as many threads as that one, the folder is bit for bit what an uninterrupted run writes.
 
     Raises:
-        TinyGPTQError: anything the user can mend; nothing half-written stays behind.
+        TinyGPTQError: anything the user can mend; nothing half-written stays behind, but with ``resume`` the blocks done.
     """
-    from tinygptq.calibrate import calibration_windows  # only here: it may import tokenizers and datasets
-    from tinygptq.tokenizer import Tokenizer
-
     if device != "cpu":
         raise TinyGPTQError(f"device {device!r} is not available for quantising; use 'cpu'")
     if method not in ("gptq", "rtn"):
         raise TinyGPTQError(f"method is {method!r}, expected 'gptq' or 'rtn'")
     if seed < 0:
         raise TinyGPTQError(f"seed is {seed}, expected at least 0")
-    started, config = time.perf_counter(), config or QuantizeConfig()
+    config = config or QuantizeConfig()
     source = load_checkpoint(resolve(src, revision))
     if source.quantization is not None:
         raise TinyGPTQError(f"{src}: is quantised already ({source.quantization.bits} bits)")
     require_packable(source.config, config)
-    reports = []
-    with new_folder(out) as folder:
-        ids = None
-        if method == "gptq":
-            ids = calibration_windows(dataset, Tokenizer.from_folder(source.folder), nsamples, seqlen, seed, template)
-        facts = {"meta": calibration_facts(dataset, nsamples, seqlen, seed, template) if method == "gptq" else made_by()}
-        facts["model_name_or_path"] = model_name(source.folder)
-        with QuantizedFolderWriter(folder, source, config, facts) as writer:
-            model = fast_model(source, dict(source.weights.linears))
-            for name, solution, report in quantize_blocks(model, ids, config):
-                writer.write(name, solution)
-                reports.append(report)
-    return QuantizeReport(Path(out), time.perf_counter() - started, reports)
+    with unfinished_folder(out, resume) as progress:
+        text = (dataset, nsamples, seqlen, seed, template) if method == "gptq" else None
+        ids, meta = _calibration(source, *text) if text else (None, made_by())
+        facts = {"meta": meta, "model_name_or_path": model_name(source.folder)}
+        reports = _solve_and_write(progress, source, ids, config, facts)
+    return QuantizeReport(Path(out), progress.seconds, reports)
+
+
+def _solve_and_write(
+    progress: Progress, source: Checkpoint, ids: np.ndarray | None, config: QuantizeConfig, facts: dict[str, Any]
+) -> list[LinearReport]:
+    """Begin the folder, or go on with what is done of it, to its end."""
+    hidden = progress.begin(fingerprint(source.folder, ids, config))
+    reports = [LinearReport(**linear) for linear in progress.linears]
+    with QuantizedFolderWriter(progress.folder, source, config, facts, progress.tensors) as writer:
+
+        def save(done: int, hidden: list[np.ndarray]) -> None:
+            progress.save(done, hidden, writer, [asdict(report) for report in reports])
+
+        model = fast_model(source, dict(source.weights.linears))
+        for name, solution, report in quantize_blocks(model, ids, config, progress.blocks, hidden, after_block=save):
+            writer.write(name, solution)
+            reports.append(report)
+    return reports
+
+
+def _calibration(source: Checkpoint, dataset: str, *settings) -> tuple[np.ndarray, dict[str, Any]]:
+    """The windows, int [samples, T], and what the folder will say of them."""
+    from tinygptq.calibrate import calibration_windows  # only here: it may import tokenizers and datasets
+    from tinygptq.tokenizer import Tokenizer
+
+    ids = calibration_windows(dataset, Tokenizer.from_folder(source.folder), *settings)
+    return ids, calibration_facts(dataset, *settings)
 
 
 def quantize_weights(source: Checkpoint, ids: np.ndarray | None, config: QuantizeConfig) -> Weights:
@@ -133,17 +155,26 @@ def fast_model(source: Checkpoint, linears: dict[str, Linear]) -> Llama:
 
 
 def quantize_blocks(
-    model: Llama, ids: np.ndarray | None, config: QuantizeConfig
+    model: Llama,
+    ids: np.ndarray | None,
+    config: QuantizeConfig,
+    done: int = 0,
+    hidden: list[np.ndarray] | None = None,
+    after_block: Callable[[int, list[np.ndarray]], None] | None = None,
 ) -> Iterator[tuple[str, Solution, LinearReport]]:
     """Solve every linear, in the order in which the model runs them, replacing each in ``model`` by its packed form.
 
     Args:
         ids: calibration windows int [samples, T]; None rounds to nearest instead.
+        done, hidden: begin after this many blocks, with the residual stream that their quantised forms give.
+        after_block: called between two blocks with what ``done`` and ``hidden`` would be to begin there; it may not keep
+            the arrays, which the next block changes.
     """
-    blocks = range(model.config.num_hidden_layers)
-    hidden = [] if ids is None else [model.embed(batch) for batch in _batches(ids)]  # each (B, T, C)
-    with tqdm(total=7 * len(blocks), desc="quantise", unit="linear", disable=None) as bar:
-        for layer in blocks:
+    blocks = model.config.num_hidden_layers
+    if hidden is None:
+        hidden = [] if ids is None else [model.embed(batch) for batch in _batches(ids)]  # each (B, T, C)
+    with tqdm(total=7 * blocks, initial=7 * done, desc="quantise", unit="linear", disable=None) as bar:
+        for layer in range(done, blocks):
             if ids is None:
                 solved = _round_block(model, layer, config)
             elif config.true_sequential:
@@ -155,6 +186,8 @@ def quantize_blocks(
                 bar.set_postfix_str(f"block {layer} {name.rpartition('.')[2]} loss {report.loss:.3g}")
                 bar.update()
                 yield name, solution, report
+            if after_block is not None and layer + 1 < blocks:
+                after_block(layer + 1, hidden)
 
 
 def _batches(ids: np.ndarray) -> list[np.ndarray]:

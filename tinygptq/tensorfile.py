@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,16 @@ class TensorFileWriter:
 
     The file has its full size from the start (a full disk shows at once), and data go straight to their place.
     ``metadata={"format": "pt"}``: some loaders raise without it.
+
+    Args:
+        keep: names of tensors that are in the file already, which an earlier writer of the same layout left unfinished.
     """
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, layout: Layout, keep: Collection[str] = ()) -> None:
         header, self._offsets, size = plan_file(layout)
         self._layout = {name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in layout.items()}
-        self._missing = set(layout)
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by close() or by the with statement
+        self._missing = set(layout) - set(keep)
+        self._file = open(path, "r+b" if keep else "wb")  # noqa: SIM115 - closed by close() or by the with statement
         self._file.write(header)
         _reserve(self._file.fileno(), size)
 
@@ -119,9 +122,13 @@ class TensorFileWriter:
         """Flush to disk; every announced tensor must have been written."""
         if self._missing:
             raise AssertionError(f"tensors announced but not written: {sorted(self._missing)[:3]}")
+        self.flush()
+        self._file.close()
+
+    def flush(self) -> None:
+        """What was written so far is on the disk when this returns."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
 
     def __enter__(self) -> TensorFileWriter:
         return self

@@ -90,12 +90,16 @@ def test_what_is_missing_is_made_again(root, made):
 
     before = states(made)
     shutil.rmtree(made / "gptq-4bit-64g-actorder_True")
-    partial = made / ".gptq-4bit-64g-actorder_True.partial-999999"  # what a killed process leaves
-    partial.mkdir()
-    (partial / "model.safetensors").write_bytes(b"half")
+    partial = made / ".gptq-4bit-64g-actorder_True.unfinished"  # what a killed process leaves
+    (partial / "folder").mkdir(parents=True)
+    (partial / "folder" / "model.safetensors").write_bytes(b"half")
+    leftover = made / ".main.unfinished"  # of one that was killed at its very last step
+    leftover.mkdir()
+    (leftover / "state.json").touch()
     outcomes = again(root, made)
     assert [outcome.branch for outcome in outcomes if not outcome.kept] == ["gptq-4bit-64g-actorder_True"]
     assert not partial.exists()
+    assert not leftover.exists()
     after = states(made)
     assert {name for name in BRANCHES if after[name] != before[name]} == {"gptq-4bit-64g-actorder_True"}
 
@@ -243,19 +247,21 @@ def test_a_job_that_raises_is_tried_again(root, tmp_path, monkeypatch):
 
 def branches_with_one_worker_killed(src: Path, out: Path, recipe: Recipe, monkeypatch, after: float = 0.0) -> str:
     """Make all six on two workers; the first to begin a branch is killed with SIGKILL ``after`` seconds, which leaves its
-    partial folder behind. Returns the branch it was at."""
+    unfinished folder behind. Returns the branch it was at."""
     killed: list[str] = []
     monkeypatch.setenv("PYTHONPATH", str(Path(publishing.__file__).parents[1]))  # workers are new interpreters
 
     def kill_the_first_that_works() -> None:
         for _ in range(6000):
-            for partial in out.glob(".*.partial-*"):
-                name, _, pid = partial.name.removeprefix(".").rpartition(".partial-")
-                assert int(pid) != os.getpid()
+            for lock in out.glob(".*.unfinished/lock"):
+                told = re.match(r"process (\d+) on ", lock.read_text())
+                if told is None:  # it is being written
+                    continue
+                assert int(told[1]) != os.getpid()
                 time.sleep(after)
-                if partial.exists():
-                    os.kill(int(pid), signal.SIGKILL)
-                    killed.append(name)
+                if lock.exists():
+                    os.kill(int(told[1]), signal.SIGKILL)
+                    killed.append(lock.parent.name.removeprefix(".").removesuffix(".unfinished"))
                     return
             time.sleep(0.01)
 

@@ -27,8 +27,17 @@ def test_symmetric_grid_spans_the_largest_magnitude(bits: int, dtype: type) -> N
     W = random_rows(dtype)
     scale, zero = find_grid(W, bits, sym=True)
     assert scale.dtype == zero.dtype == dtype
-    assert np.array_equal(scale, (2 * abs(W).max(axis=1) / (2**bits - 1)).astype(np.float16).astype(dtype))
+    exact, stored = 2 * abs(W).max(axis=1) / (2**bits - 1), scale.astype(np.float16)
+    assert np.array_equal(stored, scale)
+    assert (scale <= exact).all()  # fp16, downwards
+    assert (np.nextafter(stored, np.float16(np.inf)) > exact).all()
     assert (zero == 2 ** (bits - 1)).all()
+
+
+def test_a_negative_peak_has_code_0_whatever_its_scale_is_rounded_to() -> None:
+    W = -np.abs(random_rows()).max(axis=1, keepdims=True)
+    scale, zero = find_grid(W, 4, sym=True)
+    assert (quantize(W, scale[:, None], zero[:, None], 15) == 0).all()
 
 
 @pytest.mark.parametrize("sym", [True, False])

@@ -20,8 +20,8 @@ LAYERS = (
     ("checkpoint", "export", "kernels", "sizes", "shards", "tensor_folder", "gptq_configs", "gptq_files"),
     ("kvcache", "model"),
     ("engine", "generate", "sampling"),
-    ("calibrate", "quantization", "evaluate", "language_model", "demo", "facts", "hub", "branches", "convert", "weight_diff",
-     "card", "publish"),
+    ("calibrate", "quantization", "resume", "evaluate", "language_model", "demo", "facts", "hub", "branches", "convert",
+     "weight_diff", "card", "publish", "loaders", "inspect_folder"),
     ("cli", "commands", "__init__"),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}

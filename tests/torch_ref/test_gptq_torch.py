@@ -18,9 +18,12 @@ def torch_grid(W, bits: int, sym: bool, storage: str):
     if sym:
         high = torch.maximum(-low, high)
         low = -high
-    scale = ((high - low) / maxq).half().to(W.dtype)
+    exact = (high - low) / maxq
+    scale = exact.half()
     if sym:
-        return scale, torch.full_like(scale, 2 ** (bits - 1))
+        scale = (scale.view(torch.int16) - (scale.to(W.dtype) > exact).short()).view(torch.float16)  # fp16, downwards
+        return scale.to(W.dtype), torch.full_like(exact, 2 ** (bits - 1))
+    scale = scale.to(W.dtype)
     zero = torch.round(-low / scale)
     if storage == "gptq":
         scale = torch.where(zero < 1, (high / (maxq - 1)).half().to(W.dtype), scale)

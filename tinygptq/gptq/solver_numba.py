@@ -181,21 +181,22 @@ def _find_grid(W, scale, zero, sym, maxq, least_zero):
             low = -high
         if low == high:
             low, high = real(-1), real(1)
-        s = _as_stored((high - low) / maxq)
+        s = _as_stored((high - low) / maxq, sym)
         if sym:
             z = (maxq + real(1)) / real(2)
         else:
             z = min(max(np.rint(-low / real(s)), real(0)), maxq)
             if z < least_zero:
-                s = _as_stored(high / (maxq - real(1)))
+                s = _as_stored(high / (maxq - real(1)), False)
                 z = least_zero
         scale[r], zero[r] = s, z
 
 
 @njit(cache=True, error_model="numpy")
-def _as_stored(scale):
+def _as_stored(scale, down):
     """`grid._as_stored` for one number: Numba has no fp16, so round to its 11 significant bits, or to multiples of 2^-24."""
     exponent = math.frexp(scale)[1]
     step = math.ldexp(1.0, max(exponent - 11, -24))
-    rounded = max(np.rint(np.float64(scale) / step) * step, SMALLEST_SCALE)
-    return rounded if rounded <= 65504.0 else np.inf
+    steps = np.float64(scale) / step
+    rounded = max((np.floor(steps) if down else np.rint(steps)) * step, SMALLEST_SCALE)
+    return rounded if scale < 65520.0 else np.inf  # 65520 is half-way to what would be fp16's next number
