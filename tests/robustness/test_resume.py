@@ -249,11 +249,11 @@ def test_kill_9_at_random_moments(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_kill_9_of_a_real_model(smollm2, data_dir, tmp_path):
-    """With states as rare as a user has them; 20 kills take some five minutes on two cores."""
+    """With states as rare as a user has them; 20 kills take some four minutes on two cores."""
 
     def begin(out: Path) -> subprocess.Popen:
         text = data_dir / "wikitext-2" / "valid.joined.txt"
-        return start(smollm2, out, text, "--nsamples", "8", "--seqlen", "256", share=0.03)
+        return start(smollm2, out, text, "--nsamples", "4", "--seqlen", "128", share=0.03)
 
     first, *others = kill_again_and_again(begin, tmp_path, KILLS, random.Random(20))
     for folder in others:
