@@ -130,7 +130,7 @@ def _finite_scales(scales: np.ndarray, bits: int) -> np.ndarray:
     if not np.isfinite(scales).all():
         raise TinyGPTQError("scales hold NaN or infinity")
     largest = float(np.abs(scales).max(initial=0))
-    if largest * 2**bits > np.finfo(np.float32).max:
+    if largest * 2**bits > float(np.finfo(np.float32).max):
         raise TinyGPTQError(f"scales reach {largest:g}, which makes weights beyond float32")
     return scales
 

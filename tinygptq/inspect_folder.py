@@ -94,10 +94,10 @@ def inspect_folder(folder: str | Path) -> Inspection:
     found = Inspection(Path(folder))
     if not found.folder.is_dir():
         raise TinyGPTQError(f"{folder}: no such folder")
-    model_config = found.attempt(lambda: read_json(found.folder / "config.json")) or {}
-    if model_config:
+    model_config = found.attempt(lambda: read_json(found.folder / "config.json"))
+    if model_config is not None:
         found.config = found.attempt(lambda: LlamaConfig.from_dict(model_config, str(found.folder / "config.json")))
-    stated = found.attempt(lambda: find_quantization(found.folder)) if model_config else None
+    stated = found.attempt(lambda: find_quantization(found.folder)) if model_config is not None else None
     base_name = stated and stated.file_base_name
     tensors = found.attempt(lambda: Tensors(found.folder, base_name, on_error=found.problem))
     if tensors is not None:
@@ -113,7 +113,7 @@ def inspect_folder(folder: str | Path) -> Inspection:
     places = _compare_configs(found, model_config)
     found.warnings += FileFacts(found.quantization, found.facts).warnings()
     _look_at_tokenizer(found)
-    _judge(found, model_config, places, unequal)
+    _judge(found, model_config or {}, places, unequal)
     return found
 
 
@@ -173,9 +173,9 @@ def unequal_g_idx(config: LlamaConfig, tensors: Tensors) -> tuple[tuple[str, str
     return tuple(found)
 
 
-def _compare_configs(found: Inspection, model_config: Mapping[str, Any]) -> tuple[str, ...]:
+def _compare_configs(found: Inspection, model_config: Mapping[str, Any] | None) -> tuple[str, ...]:
     """Names of the files that hold a quantisation config; a warning where they contradict each other."""
-    if not model_config:
+    if model_config is None:
         return ()
     try:
         stated = list(stated_configs(found.folder))

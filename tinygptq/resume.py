@@ -110,6 +110,8 @@ def unfinished_folder(out: str | Path, resume: bool = False) -> Iterator[Progres
                 raise
             _remove(work)
     except OSError as error:
+        if not (work / "folder").exists():  # a disk too full for the lock itself: there is nothing here to continue
+            _remove(work)
         raise TinyGPTQError(f"{out}: cannot be written ({error.strerror or error})") from None
 
 

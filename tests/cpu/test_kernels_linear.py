@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from random_models import packed
 
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels import cpu, cpu_layout, reference
@@ -12,24 +13,6 @@ from tinygptq.packing import PackedLinear, pack
 from tinygptq.weights import DenseLinear
 
 ACCURACY = 1e-6  # of the output's norm, as for a careful float32 product
-
-
-def packed(K, N, bits, group, *, sym=True, perm=False, bias=False, wide=False, seed=0) -> PackedLinear:
-    """A random packed linear; K a multiple of 32 / bits, and of 32 at 3 bits."""
-    rng = np.random.default_rng(seed)
-    group = K if group == -1 else group
-    groups = -(-K // group)
-    scales = (rng.random((groups, N)) * 0.02 + 0.001).astype(np.float32 if wide else np.float16)
-    middle = np.full((groups, N), 2 ** (bits - 1), np.uint16)
-    return PackedLinear(
-        qweight=pack(rng.integers(0, 2**bits, (K, N)), bits),
-        scales=scales,
-        zeros=middle if sym else rng.integers(0, 2**bits + 1, (groups, N)).astype(np.uint16),
-        bits=bits,
-        group_size=group,
-        perm=rng.permutation(K).astype(np.int32) if perm else None,
-        bias=rng.standard_normal(N).astype(np.float32) if bias else None,
-    )
 
 
 def inputs(rows, K, seed=1) -> np.ndarray:

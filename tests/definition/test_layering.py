@@ -15,12 +15,12 @@ PACKAGE = ROOT / "tinygptq"
 
 # A module may import lower layers, and its own layer where that makes no circle. A package stands for all its modules.
 LAYERS = (
-    ("errors", "config", "tokenizer", "tokenizer_rules", "templates"),
+    ("errors", "config", "branches", "tokenizer", "tokenizer_rules", "templates"),
     ("packing", "weights", "tensorfile", "threads", "ops", "gptq"),
     ("checkpoint", "export", "kernels", "sizes", "shards", "tensor_folder", "gptq_configs", "gptq_files"),
     ("kvcache", "model"),
     ("engine", "generate", "sampling"),
-    ("calibrate", "quantization", "resume", "evaluate", "language_model", "demo", "facts", "hub", "branches", "convert",
+    ("calibrate", "quantization", "resume", "evaluate", "language_model", "demo", "facts", "hub", "convert",
      "weight_diff", "card", "publish", "loaders", "inspect_folder"),
     ("cli", "commands", "__init__"),
 )
