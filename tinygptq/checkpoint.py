@@ -31,7 +31,7 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What was found out about a GPTQ folder: who wrote it, and for each quantised linear what its tensors turned out to be."""
+    """What was found out about a GPTQ folder: who wrote it, and what each quantised linear's tensors turned out to be."""
 
     quantization: Quantization | None = None
     linears: Mapping[str, LinearFacts] = field(default_factory=dict)

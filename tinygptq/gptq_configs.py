@@ -181,7 +181,7 @@ def _group_range(tensors: Tensors, name: str, inputs: int, groups: int) -> tuple
     """Smallest and largest group size that give a linear this many groups, two or more."""
     if f"{name}.g_idx" in tensors:
         g_idx = tensors.peek(f"{name}.g_idx")
-        if g_idx.ndim == 1 and g_idx.dtype.kind == "i" and g_idx.size and 0 <= g_idx.min() and 0 < g_idx.max() < groups:
+        if g_idx.ndim == 1 and g_idx.dtype.kind == "i" and g_idx.any() and g_idx.min() >= 0 and g_idx.max() < groups:
             size = int(np.bincount(g_idx).max())
             return size, size
     return -(-inputs // groups), -(-inputs // (groups - 1)) - 1

@@ -73,7 +73,7 @@ def take_parts(tensors: Tensors, name: str, inputs: int, outputs: int, config: Q
     parts = {"qweight": tensors.take(f"{name}.qweight", (inputs * bits // 32, outputs), INTEGERS)}
     if old:
         if groups != 1:
-            found = f"group_size is {config.group_size}, but float zeros (GPTQ-for-LLaMa's first generation) are of one group"
+            found = f"group_size is {config.group_size}, but float zeros (early GPTQ-for-LLaMa) are of one group"
             raise TinyGPTQError(f"{tensors.folder}: {name}: {found}")
         return parts | {part: tensors.take(f"{name}.{part}", (outputs, 1)) for part in ("zeros", "scales")}
     parts["qzeros"] = tensors.take(f"{name}.qzeros", (groups, outputs * bits // 32), INTEGERS)

@@ -32,7 +32,8 @@ from tinygptq.packing import PackedLinear
 from tinygptq.tensor_folder import Tensors
 
 KINDS = {  # ending of a tensor's name -> kind, the first that fits
-    "qweight": "codes", "qzeros": "zero points", "zeros": "zero points", "scales": "scales", "g_idx": "g_idx", "bias": "biases",
+    "qweight": "codes", "qzeros": "zero points", "zeros": "zero points", "scales": "scales", "g_idx": "g_idx",
+    "bias": "biases",
     "norm.weight": "norms", f"{EMBEDDING}.weight": "embedding", f"{HEAD}.weight": "head", "proj.weight": "dense linears",
 }  # fmt: skip
 SHARED_INPUTS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))

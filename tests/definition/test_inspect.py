@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from golden import writers
 from golden.writers import WRITERS, random_model
-from helpers import random_llama_folder, random_solutions, save_byte_tokenizer, save_safetensors, small_config, write_quantized
+from helpers import (
+    random_llama_folder,
+    random_solutions,
+    save_byte_tokenizer,
+    save_safetensors,
+    small_config,
+    write_quantized,
+)
 
 from tinygptq.branches import BRANCHES
 from tinygptq.checkpoint import load_checkpoint
@@ -53,12 +60,13 @@ def run(capsys):
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_generation_is_named(tmp_path: Path, name):
     writer = WRITERS[name]
-    model = random_model(4, -1 if writer.one_group_only else 32, desc_act=not (writer.one_group_only or writer.in_order_only))
+    act_order = not (writer.one_group_only or writer.in_order_only)
+    model = random_model(4, -1 if writer.one_group_only else 32, desc_act=act_order)
     writer.write(model, tmp_path)
     found = as_dict(inspect_folder(tmp_path))
     assert found["problems"] == []
     assert found["tool"] == writer.tool
-    assert (found["bits"], found["group_size"], found["sym"], found["desc_act"]) == (4, model.group_size, True, model.desc_act)
+    assert (found["bits"], found["group_size"], found["sym"], found["desc_act"]) == (4, model.group_size, True, act_order)
     layout = "float zeros" if "llama 1" in name else "qzeros" if "llama 2" in name else "qzeros and g_idx"
     assert found["generation"] == layout
     stored = "zero * scale" if "llama 1" in name else "zero" if name in ("gptqmodel v2", "v2 labelled v1") else "zero - 1"
@@ -102,7 +110,8 @@ def test_who_can_load_a_plain_folder(tmp_path: Path):
         (QuantizeConfig(4, 96), {"ExLlama v2": "a group of 96 does not divide the input features", "vLLM": "a group of 96"}),
         (QuantizeConfig(4, 32, checkpoint_format="gptq_v2"), {"AutoGPTQ": "it reads zero points as zero - 1",
                                                               "ExLlama v1": "it reads", "TGI": "it reads"}),
-        (QuantizeConfig(4, 32, desc_act=True), {"TGI": "g_idx differs", "vLLM": "g_idx differs"}),  # random: differs in q, k, v
+        # random groups differ in q, k and v
+        (QuantizeConfig(4, 32, desc_act=True), {"TGI": "g_idx differs", "vLLM": "g_idx differs"}),
     ],
 )  # fmt: skip
 def test_each_no_has_its_reason(tmp_path: Path, config, noes):
@@ -142,7 +151,8 @@ def test_every_problem_is_found_not_only_the_first(tmp_path: Path):
 def test_contradicting_configs_are_pointed_out(tmp_path: Path):
     model = random_model(4, 32)
     writers.autogptq_06(model, tmp_path)
-    (tmp_path / "quantize_config.json").write_text(json.dumps(writers.facts(model) | {"desc_act": True, "damp_percent": 0.1}))
+    other = writers.facts(model) | {"desc_act": True, "damp_percent": 0.1}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(other))
     warnings = inspect_folder(tmp_path).warnings
     expected = "quantize_config.json and config.json contradict each other: desc_act True and False; the first counts"
     assert expected in warnings
@@ -151,7 +161,8 @@ def test_contradicting_configs_are_pointed_out(tmp_path: Path):
 def test_a_tokenizer_larger_than_the_embedding(tmp_path: Path):
     writers.autogptq_06(random_model(), tmp_path)
     save_byte_tokenizer(tmp_path)
-    assert "the tokenizer has 259 ids and the embedding 64 rows; larger ids cannot be used" in inspect_folder(tmp_path).warnings
+    expected = "the tokenizer has 259 ids and the embedding 64 rows; larger ids cannot be used"
+    assert expected in inspect_folder(tmp_path).warnings
 
 
 def test_inspect_from_the_command_line(tmp_path: Path, run, capsys):
@@ -213,7 +224,8 @@ def test_llama_7b_by_its_config_alone(tmp_path: Path, run):
         assert abs(row["file"] / 1e9 - published) < 6e-4
     text = run("size", tmp_path, "--all-branches").splitlines()
     assert text[1].split() == ["main", "4", "128", "No", "0.01", "3.89", "GB", "3,893,986,888", "Yes"]
-    assert text[5].split() == ["gptq-8bit--1g-actorder_True", "8", "None", "Yes", "0.01", "7.01", "GB", "7,009,584,800", "No"]
+    last = "gptq-8bit--1g-actorder_True 8 None Yes 0.01 7.01 GB 7,009,584,800 No"
+    assert text[5].split() == last.split()
 
 
 def test_size_as_options_and_configs_say(tmp_path: Path, run):
@@ -224,7 +236,8 @@ def test_size_as_options_and_configs_say(tmp_path: Path, run):
     found = json.loads(run("size", tmp_path, "--json"))
     assert found["file"] == LLAMA_7B_BYTES["gptq-8bit--1g-actorder_True"]
     assert found["kv_per_1000_tokens"] == 2 * 32 * 4096 * 4 * 1000
-    assert json.loads(run("size", tmp_path, "--group-size", 128, "--json"))["file"] == LLAMA_7B_BYTES["gptq-8bit-128g-actorder_False"]
+    found = json.loads(run("size", tmp_path, "--group-size", 128, "--json"))
+    assert found["file"] == LLAMA_7B_BYTES["gptq-8bit-128g-actorder_False"]
     assert "7,009,584,800 bytes" in run("size", tmp_path)
 
 

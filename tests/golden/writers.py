@@ -62,9 +62,14 @@ class Quantized:
 
 
 def random_model(
-    bits: int = 4, group_size: int = 32, sym: bool = True, desc_act: bool = False, static_groups: bool = False, seed: int = 0,
+    bits: int = 4,
+    group_size: int = 32,
+    sym: bool = True,
+    desc_act: bool = False,
+    static_groups: bool = False,
+    seed: int = 0,
     least_zero: int = 1,
-) -> Quantized:  # fmt: skip
+) -> Quantized:
     """Scales have 7 bits after the point and fit fp16's range, so that fp16, bf16 and fp32 hold the same values."""
     rng = np.random.default_rng([seed, bits])
     linears = {}
@@ -188,7 +193,9 @@ def float_zero_tensors(model: Quantized) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_configs(folder: Path, quantize: dict | None = None, name: str = "quantize_config.json", inside: dict | None = None):
+def write_configs(
+    folder: Path, quantize: dict | None = None, name: str = "quantize_config.json", inside: dict | None = None
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = CONFIG if inside is None else {**CONFIG, "quantization_config": inside}
     (folder / "config.json").write_text(json.dumps(config))

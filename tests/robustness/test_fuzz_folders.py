@@ -32,9 +32,9 @@ CHUNKS = 10
 SECONDS = 10
 
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 31, 33, 10**6, 2**31, 2**63, 10**30, -(10**30), 0.5, 1e308, math.nan, math.inf, "", "4",
-    "gptq", "gptq_v2", "../x.safetensors", "\0", "é" * 300, [], [4], {}, {"a": 1}, [[]], "F16", "I32", "F8_E4M3", [0, 0],
-    [2**62, 2**62], [-8, 8],
+    None, True, False, 0, 1, -1, 2, 3, 7, 31, 33, 10**6, 2**31, 2**63, 10**30, -(10**30), 0.5, 1e308, math.nan, math.inf, "",
+    "4", "gptq", "gptq_v2", "../x.safetensors", "\0", "é" * 300, [], [4], {}, {"a": 1}, [[]], "F16", "I32", "F8_E4M3",
+    [0, 0], [2**62, 2**62], [-8, 8],
 )  # fmt: skip
 
 
@@ -183,7 +183,8 @@ def damage(folder: Path, rng: np.random.Generator) -> str:
     for _ in range(int(rng.integers(1, 3))):
         files = sorted(folder.iterdir(), key=lambda path: (path.suffix, path.name))
         weights = [path for path in files if path.suffix == ".safetensors"]
-        path = (weights or files)[rng.integers(len(weights or files))] if rng.random() < 0.5 else files[rng.integers(len(files))]
+        among = weights if weights and rng.random() < 0.5 else files
+        path = among[rng.integers(len(among))]
         kinds = COARSE if rng.random() < 0.15 else IN_WEIGHTS if path.suffix == ".safetensors" else IN_CONFIGS
         kind = kinds[rng.integers(len(kinds))]
         data = bytearray(path.read_bytes())
