@@ -309,7 +309,7 @@ def _local_cluster() -> Any:
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     environment = {**dict.fromkeys(names, threads), "TQDM_DISABLE": "1"}  # bars of two processes would mix
     settings = {
-        "distributed.nanny.pre-spawn-environ": environment,  # a variable that is set already stays as it is
+        "distributed.nanny.environ": environment,  # set in the workers alone
         "distributed.scheduler.worker-ttl": None,  # compiled code may keep a worker from answering for minutes
     }
     with dask.config.set(settings):

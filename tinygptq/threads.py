@@ -9,6 +9,7 @@ the rows of a product are shared out among plain Python threads, which NumPy run
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +60,7 @@ def _share(rows: int, work: int, product: Callable[[slice], None]) -> None:
     """Call ``product`` for consecutive slices that cover ``rows``, at once; BLAS runs on one thread meanwhile."""
     threads = min(count(), rows) if work >= WORTH_SHARING else 1
     bounds = [rows * i // threads for i in range(threads + 1)]
-    slices = [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)] or [slice(0, 0)]
+    slices = [slice(start, end) for start, end in itertools.pairwise(bounds)] or [slice(0, 0)]
     with _blas().limit(limits=1, user_api="blas"):
         others = [_pool(threads).submit(product, rows) for rows in slices[1:]]
         product(slices[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -254,15 +255,16 @@ def branches_with_one_worker_killed(src: Path, out: Path, recipe: Recipe, monkey
     def kill_the_first_that_works() -> None:
         for _ in range(6000):
             for lock in out.glob(".*.unfinished/lock"):
-                told = re.match(r"process (\d+) on ", lock.read_text())
-                if told is None:  # it is being written
-                    continue
-                assert int(told[1]) != os.getpid()
-                time.sleep(after)
-                if lock.exists():
-                    os.kill(int(told[1]), signal.SIGKILL)
-                    killed.append(lock.parent.name.removeprefix(".").removesuffix(".unfinished"))
-                    return
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # just done: then another
+                    told = re.match(r"process (\d+) on ", lock.read_text())
+                    if told is None:  # it is being written
+                        continue
+                    assert int(told[1]) != os.getpid()
+                    time.sleep(after)
+                    if lock.exists():
+                        os.kill(int(told[1]), signal.SIGKILL)
+                        killed.append(lock.parent.name.removeprefix(".").removesuffix(".unfinished"))
+                        return
             time.sleep(0.01)
 
     killer = threading.Thread(target=kill_the_first_that_works)
@@ -291,11 +293,11 @@ def test_a_killed_workers_branch_is_made_by_another(root, tmp_path, monkeypatch)
 def test_six_branches_of_a_real_model_with_one_worker_killed(smollm2, data_dir, tmp_path, monkeypatch):
     """SmolLM2's 576 features are no multiple of 128. Few windows: what is tested is not the calibration."""
     texts = data_dir / "wikitext-2"
-    recipe = Recipe(str(texts / "valid.joined.txt"), nsamples=8, seqlen=256, perplexity=str(texts / "test.joined.txt"),
-                    max_windows=4)  # fmt: skip
-    branches_with_one_worker_killed(smollm2, tmp_path / "out", recipe, monkeypatch, after=5.0)
+    recipe = Recipe(str(texts / "valid.joined.txt"), nsamples=4, seqlen=128, perplexity=str(texts / "test.joined.txt"),
+                    max_windows=1)  # fmt: skip
+    branches_with_one_worker_killed(smollm2, tmp_path / "out", recipe, monkeypatch, after=1.0)
     for name, quantization in BRANCHES.items():
         size = (tmp_path / "out" / name / "model.safetensors").stat().st_size
         assert size == sizes(LlamaConfig.from_folder(smollm2), quantization).file
         measured = json.loads((tmp_path / "out" / name / "quantize_config.json").read_text())["meta"]["perplexity"]
-        assert 5 < measured["perplexity"] < 60
+        assert 5 < measured["perplexity"] < 200

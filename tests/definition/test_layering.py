@@ -25,7 +25,8 @@ LAYERS = (
     ("cli", "commands", "__init__"),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
-CORE = {"numpy", "numba", "safetensors", "sentencepiece", "tqdm", "ml_dtypes", "threadpoolctl", "llvmlite"}  # llvmlite comes with numba
+# llvmlite comes with numba
+CORE = {"numpy", "numba", "safetensors", "sentencepiece", "tqdm", "ml_dtypes", "threadpoolctl", "llvmlite"}
 # extras: only ever imported inside a function
 OPTIONAL = {"tokenizers", "datasets", "jinja2", "huggingface_hub", "gguf", "dask", "distributed"}
 TORCH_ALLOWED = {"convert.pickles": {"torch"}}  # likewise, and in this one module only

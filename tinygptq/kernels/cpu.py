@@ -34,7 +34,7 @@ __all__ = [
     "warm_up",
 ]
 
-FEW_ROWS = 16  # up to here the tiles win over writing W out and calling BLAS (measured, scripts/bench/cpu_speed.py)
+FEW_ROWS = 16  # up to here x goes through the tiles; writing W out for BLAS pays only for many rows
 SCORES_AT_ONCE = 1 << 22  # attention scores in memory at a time (16 MiB), however long the context
 
 
