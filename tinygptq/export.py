@@ -185,9 +185,14 @@ def write_configs(
     raw.pop("dtype", None)
     write_json(folder / "quantize_config.json", facts)
     write_json(folder / "config.json", {**raw, "quantization_config": facts})
+    copy_companions(source.folder, folder)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """The tokenizer's files and the sampling defaults, as they are."""
     for name in COMPANIONS:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import read_json
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import COMPANIONS, new_folder, to_half, write_json
+from tinygptq.export import copy_companions, new_folder, to_half, write_json
 from tinygptq.shards import ShardedWriter
 from tinygptq.tokenizer_rules import FolderRules
 from tinygptq.weights import DenseLinear
@@ -151,6 +151,4 @@ def compare(name: str, raw: np.ndarray, tuned: np.ndarray, diff: np.ndarray) -> 
 def _write_configs(diff: Checkpoint, folder: Path, dtype: str) -> None:
     config = {key: value for key, value in read_json(diff.folder / "config.json").items() if key != "dtype"}
     write_json(folder / "config.json", config | {"torch_dtype": dtype})
-    for name in COMPANIONS:
-        if (diff.folder / name).is_file():
-            (folder / name).write_bytes((diff.folder / name).read_bytes())
+    copy_companions(diff.folder, folder)

@@ -14,9 +14,9 @@ from tinygptq.convert.awq import awq_facts, read_awq
 from tinygptq.convert.gguf_model import convert_gguf
 from tinygptq.convert.pickles import pickle_files, refuse, write_safetensors
 from tinygptq.convert.source import Source, source_of
-from tinygptq.convert.writers import copy_companions, write_dense, write_gptq
+from tinygptq.convert.writers import write_dense, write_gptq
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import new_folder
+from tinygptq.export import copy_companions, new_folder
 
 log = logging.getLogger(__name__)
 

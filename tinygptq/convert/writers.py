@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tinygptq.checkpoint import linear_names
 from tinygptq.config import QuantizeConfig, read_json
 from tinygptq.convert.source import Source, missing_biases
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import COMPANIONS, require_packable, to_half, write_json
+from tinygptq.export import copy_companions, require_packable, to_half, write_json
 from tinygptq.packing import PackedLinear, pack, unpack
 from tinygptq.shards import ShardedWriter
 
@@ -155,10 +154,3 @@ def write_configs(
         raw["quantization_config"] = facts
     write_json(folder / "config.json", raw)
     copy_companions(source, folder)
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """The tokenizer's files and the sampling defaults, as they are."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
