@@ -82,6 +82,7 @@ class RopeScaling:
 
     @classmethod
     def from_dict(cls, raw: Any, max_positions: int, where: str) -> RopeScaling | None:
+        """Parse ``rope_scaling`` (or ``rope_parameters``); None where nothing is stretched. Raises TinyGPTQError."""
         if raw is None:
             return None
         if not isinstance(raw, dict):
@@ -166,6 +167,7 @@ class LlamaConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> LlamaConfig:
+        """Parse ``config.json`` of a folder; raises TinyGPTQError as :meth:`from_dict` does, and where there is none."""
         path = Path(folder) / "config.json"
         return cls.from_dict(read_json(path), str(path))
 
@@ -210,6 +212,30 @@ def _require_llama(raw: dict, where: str) -> None:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """What is done beyond the paper's algorithm to choose better scales and codes; the file's format knows nothing of it.
+
+    clip: each group's scale is searched for the smallest rounding error weighted by diag(H) (`gptq.grid.search_clip`).
+    act_order: columns are quantised in descending order of diag(H) although groups stay contiguous in the file, on grids
+    found beforehand from the uncorrected weights. (With desc_act, groups follow that order instead, as in the original.)
+    """
+
+    clip: bool = False
+    act_order: bool = False
+
+    @classmethod
+    def from_meta(cls, meta: Any) -> Recipe | None:
+        """What ``quantize_config.json`` says under ``meta``, None if that names no recipe; unknown parts are passed over."""
+        stored = meta.get("recipe") if isinstance(meta, dict) else None
+        if not isinstance(stored, dict):
+            return None
+        return cls(**{field.name: bool(stored[field.name]) for field in fields(cls) if field.name in stored})
+
+
+RECIPES = {"plain": Recipe(), "fast": Recipe(clip=True, act_order=True)}
+
+
+@dataclass(frozen=True)
 class QuantizeConfig:
     """How linears are quantised: the fields AutoGPTQ's ``quantize_config.json`` has, under its names.
 
@@ -217,7 +243,7 @@ class QuantizeConfig:
     quantised in descending order of diag(H) ("act-order"). sym: the zero point is 2^(bits-1). damp_percent: the share of
     mean(diag(H)) added to the diagonal. static_groups: scales come from the uncorrected weights. true_sequential: each
     part of a block is calibrated on what its quantised predecessors give. checkpoint_format: ``gptq`` stores zero - 1,
-    ``gptq_v2`` stores zero.
+    ``gptq_v2`` stores zero. recipe: one of RECIPES, or its parts chosen one by one; no field of the file.
     """
 
     bits: int = 4
@@ -228,6 +254,7 @@ class QuantizeConfig:
     static_groups: bool = False
     true_sequential: bool = True
     checkpoint_format: str = "gptq"
+    recipe: Recipe = RECIPES["fast"]
 
     def __post_init__(self) -> None:
         where = "quantisation config"
@@ -250,6 +277,16 @@ class QuantizeConfig:
     def max_code(self) -> int:
         """The largest code, 2^bits - 1."""
         return 2**self.bits - 1
+
+    @property
+    def in_act_order(self) -> bool:
+        """Whether columns are quantised in descending order of diag(H)."""
+        return self.desc_act or self.recipe.act_order
+
+    @property
+    def grids_first(self) -> bool:
+        """Whether all grids are found from the weights as they are, before any is corrected."""
+        return self.static_groups or (self.recipe.act_order and not self.desc_act)
 
     def rows_per_group(self, in_features: int) -> int:
         """Input rows that share one scale: ``group_size``, or all of them for -1 (or a group larger than the layer)."""
@@ -276,6 +313,7 @@ class QuantizeConfig:
             raise TinyGPTQError(f"{where}: quant_method is {method!r}, only 'gptq' is supported here")
         if raw.get("bits") is None:
             raise TinyGPTQError(f"{where}: 'bits' is missing")
+        raw["recipe"] = Recipe.from_meta(meta)
         known = {field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None}
         try:
             return cls(**known)
@@ -284,8 +322,10 @@ class QuantizeConfig:
 
     def to_dict(self, model_name: str | None = None, file_base_name: str | None = "model") -> dict[str, Any]:
         """The dict AutoGPTQ 0.4-0.7 writes, which every later loader reads too."""
+        stored = asdict(self)
+        del stored["recipe"]
         return {
-            **asdict(self),
+            **stored,
             "model_name_or_path": model_name,
             "model_file_base_name": file_base_name,
             "quant_method": "gptq",
@@ -307,6 +347,7 @@ class GenerationConfig:
 
     @classmethod
     def from_folder(cls, folder: Path, model: LlamaConfig) -> GenerationConfig:
+        """Parse ``generation_config.json``; what it does not say is transformers' default, or ``model``'s end of text."""
         path = Path(folder) / "generation_config.json"
         raw = read_json(path) if path.exists() else {}
         where = str(path)

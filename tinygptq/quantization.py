@@ -32,7 +32,7 @@ from tinygptq.weights import Linear, Weights
 
 log = logging.getLogger("tinygptq")
 
-TOKENS_AT_ONCE = 4096  # calibration tokens that go through a stage together; enough to keep BLAS busy
+TOKENS_AT_ONCE = 8192  # calibration tokens that go through a stage together; enough to keep BLAS busy
 KEEP_BYTES = 4 << 30  # activations of one stage are kept up to this size, and recomputed when needed beyond it
 
 QKV = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj")  # the order in which AutoGPTQ solves them
@@ -102,6 +102,7 @@ def quantize(
     with unfinished_folder(out, resume) as progress:
         text = (dataset, nsamples, seqlen, seed, template) if method == "gptq" else None
         ids, meta = _calibration(source, *text) if text else (None, made_by())
+        meta |= {"recipe": asdict(config.recipe)} if text else {}
         facts = {"meta": meta, "model_name_or_path": model_name(source.folder)}
         reports = _solve_and_write(progress, source, ids, config, facts)
     return QuantizeReport(Path(out), progress.seconds, reports)
@@ -213,7 +214,8 @@ def _solve_block_in_stages(model: Llama, layer: int, hidden: list[np.ndarray], c
     widening = model.config.intermediate_size / model.config.hidden_size
     mixed = Activations(lambda: (model.mlp_mix(layer, x) for x in inputs), hidden[0].nbytes * len(hidden) * widening)
     yield from _solve(model, layer, ("mlp.down_proj",), mixed, config)
-    _add_to(hidden, (model.linear(layer, "mlp.down_proj", x) for x in mixed))
+    if layer + 1 < model.config.num_hidden_layers:  # nobody reads the last block's output
+        _add_to(hidden, (model.linear(layer, "mlp.down_proj", x) for x in mixed))
 
 
 def _solve_block_at_once(model: Llama, layer: int, hidden: list[np.ndarray], config: QuantizeConfig):

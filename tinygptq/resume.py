@@ -53,7 +53,7 @@ except ImportError:  # not a POSIX system: nothing then keeps two runs from one 
 log = logging.getLogger("tinygptq")
 
 FORMAT = 1
-SAVE_SHARE = 0.03  # of the time; SmolLM2-135M with 32 windows of 512: a save takes 0.08 s (38 MB), a block 2 to 4 s
+SAVE_SHARE = 0.02  # of the time; SmolLM2-135M with 32 windows of 512: a save takes 0.08 s (38 MB), a block 2 to 4 s
 
 
 @dataclass(frozen=True)

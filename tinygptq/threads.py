@@ -19,6 +19,7 @@ from threadpoolctl import ThreadpoolController
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the OpenMP library is loaded, at Numba's first launch
 
+SLICES = 4  # of the rows, for each thread: whoever is done first takes the next, so that none waits long for another
 WORTH_SHARING = 1 << 22  # multiplications below which one thread is done before a second has started
 
 
@@ -37,7 +38,7 @@ def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     def product(rows: slice) -> None:
         np.matmul(a[..., rows, :], b, out=out[..., rows, :])
 
-    _share(a.shape[-2], a.size * b.shape[-1], product)
+    share(a.shape[-2], a.size * b.shape[-1], product, slices=SLICES)
     return out
 
 
@@ -51,19 +52,28 @@ def gram(x: np.ndarray) -> np.ndarray:
     def product(rows: slice) -> None:
         parts[rows.start] = x[rows].T @ x[rows]
 
-    _share(x.shape[0], x.size * x.shape[1] // 2, product)
+    share(x.shape[0], x.size * x.shape[1] // 2, product)
     ordered = [parts[start] for start in sorted(parts)]
     return functools.reduce(lambda total, part: np.add(total, part, out=total), ordered)
 
 
-def _share(rows: int, work: int, product: Callable[[slice], None]) -> None:
-    """Call ``product`` for consecutive slices that cover ``rows``, at once; BLAS runs on one thread meanwhile."""
+def share(rows: int, work: int, product: Callable[[slice], None], slices: int = 1) -> None:
+    """Call ``product`` for consecutive slices that cover ``rows``, at once; BLAS runs on one thread meanwhile.
+
+    There are ``slices`` for each thread, or as many as leave each WORTH_SHARING.
+    """
     threads = min(count(), rows) if work >= WORTH_SHARING else 1
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    slices = [slice(start, end) for start, end in itertools.pairwise(bounds)] or [slice(0, 0)]
+    parts = threads * max(1, min(slices, work // (WORTH_SHARING * threads)))
+    bounds = [rows * i // parts for i in range(parts + 1)]
+    left = iter([slice(start, end) for start, end in itertools.pairwise(bounds)])
+
+    def take() -> None:
+        for rows in left:  # a list's iterator hands out each slice once, whichever threads ask
+            product(rows)
+
     with _blas().limit(limits=1, user_api="blas"):
-        others = [_pool(threads).submit(product, rows) for rows in slices[1:]]
-        product(slices[0])
+        others = [_pool(threads).submit(take) for _ in range(threads - 1)]
+        take()
         for other in others:
             other.result()
 

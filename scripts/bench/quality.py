@@ -1,9 +1,11 @@
 """Perplexity of SmolLM2-135M quantised here, beside what the original GPTQ implementation gave on the same tokens.
 
-    python scripts/bench/quality.py MODEL_DIR --reference original_gptq.json --ids smollm2_ids.npz [--out RESULTS.json]
+    python scripts/bench/quality.py MODEL_DIR --reference original_gptq.json --ids smollm2_ids.npz [--recipes fast plain]
+                                    [--out RESULTS.json]
 
 The reference file holds the original's perplexities and says the protocol; the ids file holds the calibration windows
-[32, 512] and the evaluation windows [12, 2048]. Each configuration is quantised in memory by rounding and by GPTQ.
+[32, 512] and the evaluation windows [12, 2048]. Each configuration is quantised in memory by rounding and by GPTQ, once for
+each recipe.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 
 from tinygptq import __version__
 from tinygptq.checkpoint import load_checkpoint
-from tinygptq.config import QuantizeConfig
+from tinygptq.config import RECIPES, QuantizeConfig
 from tinygptq.evaluate import perplexity
 from tinygptq.quantization import fast_model, quantize_blocks
 
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--ids", type=Path, required=True)
+    parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=["fast", "plain"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", type=int, help="just the first N configurations")
     args = parser.parse_args()
@@ -40,34 +43,42 @@ def main() -> None:
     def measure(model) -> float:
         return perplexity(model, evaluation.ravel(), evaluation.shape[1]).perplexity
 
+    def quantized(windows, **choices):
+        """A model quantised in memory (rounded without windows), its linears' reports, and the seconds it took."""
+        model = fast_model(source, dict(source.weights.linears))
+        started = time.perf_counter()
+        reports = [report for _, _, report in quantize_blocks(model, windows, QuantizeConfig(**choices))]
+        return model, reports, time.perf_counter() - started
+
     baseline = measure(fast_model(source, dict(source.weights.linears)))
     print(f"fp32: {baseline:.4f} (reference {reference['perplexity_fp32']})\n")
-    print(f"{'':22} {'RTN':>9} {'original':>9} | {'GPTQ':>9} {'original':>9} {'ratio':>7} | {'quantise, s':>11}")
-    rows = []
+    print(f"{'':22} {'recipe':8} {'here':>9} {'original':>9} {'ratio':>7} {'seconds':>8}")
+    rows, rounded = [], {}
     for want in reference["configs"][: args.only]:
-        config = QuantizeConfig(want["bits"], want["group_size"], desc_act=want["desc_act"], sym=want["sym"])
-        row = {"name": want["name"], "original_gptq": want["perplexity_gptq"], "original_rtn": want["perplexity_rtn"]}
-        for method, windows in (("rtn", None), ("gptq", calibration)):
-            model = fast_model(source, dict(source.weights.linears))
-            started = time.perf_counter()
-            reports = [report for _, _, report in quantize_blocks(model, windows, config)]
-            seconds = time.perf_counter() - started
-            row[f"{method}_perplexity"] = measure(model)
-            if method == "gptq":
-                row["layer0_losses"] = {r.name.removeprefix("model.layers."): r.loss for r in reports[:7]}
+        choices = {key: want[key] for key in ("bits", "group_size", "sym")}
+        row = {"name": want["name"], **choices, "desc_act": want["desc_act"]}
+        key = want["bits"], want["group_size"]  # rounding knows no order
+        if key not in rounded:
+            rounded[key] = measure(quantized(None, **choices)[0])
+        report(want["name"], "rounding", rounded[key], want["perplexity_rtn"])
+        row["rtn"] = {"perplexity": rounded[key], "original": want["perplexity_rtn"]}
+        for recipe in args.recipes:
+            model, reports, seconds = quantized(calibration, desc_act=want["desc_act"], recipe=RECIPES[recipe], **choices)
+            found = measure(model)
+            report(want["name"], recipe, found, want["perplexity_gptq"], f"{seconds:8.1f}")
+            losses = {r.name.removeprefix("model.layers."): r.loss for r in reports[:7]}
+            row[recipe] = {"perplexity": found, "original": want["perplexity_gptq"], "layer0_losses": losses}
         rows.append(row)
-        ratio = row["gptq_perplexity"] / row["original_gptq"]
-        print(
-            f"{row['name']:22} {row['rtn_perplexity']:9.3f} {row['original_rtn']:9.3f} | {row['gptq_perplexity']:9.3f} "
-            f"{row['original_gptq']:9.3f} {ratio:7.4f} | {seconds:11.1f}",
-            flush=True,
-        )
     if args.out:
         versions = {"tinygptq": __version__, "numpy": np.__version__, "numba": numba.__version__}
         versions["python"] = platform.python_version()
         facts = {"date": datetime.date.today().isoformat(), "device": cpu_name(), "versions": versions}
         result = {**facts, "protocol": reference["protocol"], "perplexity_fp32": baseline, "configs": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def report(name: str, recipe: str, found: float, original: float, seconds: str = "") -> None:
+    print(f"{name:22} {recipe:8} {found:9.3f} {original:9.3f} {found / original:7.4f} {seconds}", flush=True)
 
 
 def cpu_name() -> str:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinygptq.config import QuantizeConfig
+from tinygptq.config import RECIPES, QuantizeConfig, Recipe
 from tinygptq.gptq import Solution, grid, prepare, solve, solver, solver_numba
-from tinygptq.gptq.grid import find_grid
+from tinygptq.gptq.grid import find_grid, search_clip
 
 configs = st.builds(
     QuantizeConfig,
@@ -20,6 +20,7 @@ configs = st.builds(
     damp_percent=st.sampled_from([0.0, 0.001, 0.01, 0.1]),
     static_groups=st.booleans(),
     checkpoint_format=st.sampled_from(["gptq", "gptq_v2"]),
+    recipe=st.builds(Recipe, clip=st.booleans(), act_order=st.booleans()),
 )
 
 
@@ -88,7 +89,7 @@ def test_exact_ties_go_the_same_way(dtype: type) -> None:
     """Weights half-way between two codes, with nothing to correct: both round to the even multiple of the scale."""
     W = np.random.default_rng(0).integers(-15, 16, (70, 64)) / 2
     W[:, 0] = 7.5  # the scale is 1
-    definition, twin = solve_both(W, np.eye(64), QuantizeConfig(group_size=-1), dtype)
+    definition, twin = solve_both(W, np.eye(64), QuantizeConfig(group_size=-1, recipe=RECIPES["plain"]), dtype)
     assert (definition.scales == 1).all()
     assert np.array_equal(definition.codes, twin.codes)
     assert ((W % 1 != 0) & (definition.codes % 2 == 0)).sum() > 1000
@@ -146,12 +147,29 @@ def test_scales_at_the_edges_of_fp16(value: float) -> None:
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_grids_are_equal(bits: int, sym: bool, storage: str, dtype: type) -> None:
+@pytest.mark.parametrize("clip", [False, True])
+def test_grids_are_equal(bits: int, sym: bool, storage: str, dtype: type, clip: bool) -> None:
     W, _ = problem(500, 16, seed=bits)
     W = (W * np.exp2(np.random.default_rng(0).integers(-20, 8, (500, 1)))).astype(dtype)
     want = find_grid(W, bits, sym, storage)
+    importance, clips = solver_numba._search(np.random.default_rng(1).random(16) if clip else None, np.dtype(dtype))
+    importance = importance.astype(dtype)
     scale, zero = np.empty(500, dtype), np.empty(500, dtype)
     least_zero = dtype(storage == "gptq")
-    solver_numba._find_grid(np.ascontiguousarray(W.T), scale, zero, sym, dtype(2**bits - 1), least_zero)
-    assert np.array_equal(scale, want[0])
+    solver_numba._find_grid(np.ascontiguousarray(W.T), importance, clips, scale, zero, sym, dtype(2**bits - 1), least_zero)
     assert np.array_equal(zero, want[1])
+    if clip:
+        maxq = 2**bits - 1
+        narrowed = search_clip(W, *want, maxq, importance)
+        assert (narrowed <= want[0]).all()
+        error = weighted_error(W, scale, zero, maxq, importance)
+        assert np.allclose(error, weighted_error(W, narrowed, zero, maxq, importance), rtol=1e-5, atol=0)  # ties may differ
+        assert (narrowed != want[0]).any() or bits == 8
+        want = narrowed, zero
+    assert (scale != want[0]).mean() < (0.01 if dtype == np.float32 and clip else 1e-9)
+
+
+def weighted_error(W: np.ndarray, scale: np.ndarray, zero: np.ndarray, maxq: int, importance: np.ndarray) -> np.ndarray:
+    """What `search_clip` makes small, [rows], in float64."""
+    W, scale, zero = W.astype(np.float64), scale.astype(np.float64)[:, None], zero[:, None]
+    return (W - grid.dequantize(grid.quantize(W, scale, zero, maxq), scale, zero)) ** 2 @ importance

@@ -10,7 +10,7 @@ from helpers import small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygptq.config import GenerationConfig, LlamaConfig, QuantizeConfig, RopeScaling, read_json
+from tinygptq.config import RECIPES, GenerationConfig, LlamaConfig, QuantizeConfig, Recipe, RopeScaling, read_json
 from tinygptq.errors import TinyGPTQError
 
 
@@ -230,6 +230,24 @@ def test_quantize_config_spellings(raw, expected):
     before = dict(raw)
     assert QuantizeConfig.from_dict(raw) == expected
     assert raw == before
+
+
+def test_the_recipe_is_no_field_of_the_file_but_a_remark_in_meta():
+    assert QuantizeConfig().recipe == RECIPES["fast"]
+    assert "recipe" not in QuantizeConfig().to_dict()
+    for said, expected in (({"clip": True}, Recipe(clip=True)), ({}, RECIPES["plain"]), ({"later": 1}, RECIPES["plain"])):
+        assert QuantizeConfig.from_dict({"bits": 4, "meta": {"recipe": said}}).recipe == expected
+    for said in ("fast", None, 3, [True]):
+        assert QuantizeConfig.from_dict({"bits": 4, "meta": {"recipe": said}}) == QuantizeConfig()
+
+
+def test_what_the_recipe_means_for_the_solver():
+    contiguous, ordered = QuantizeConfig(), QuantizeConfig(desc_act=True)
+    assert contiguous.in_act_order and contiguous.grids_first
+    assert ordered.in_act_order and not ordered.grids_first
+    plain = QuantizeConfig(recipe=RECIPES["plain"])
+    assert not plain.in_act_order and not plain.grids_first
+    assert QuantizeConfig(static_groups=True, recipe=RECIPES["plain"]).grids_first
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tinygptq.config import QuantizeConfig
+from tinygptq.config import RECIPES, QuantizeConfig, Recipe
 from tinygptq.gptq import solve
 
 torch = pytest.importorskip("torch")
@@ -31,27 +31,45 @@ def torch_grid(W, bits: int, sym: bool, storage: str):
     return scale, zero
 
 
+def torch_clip(W, scale, zero, bits: int, importance):
+    """Of 24 widths from 1 down in steps of 1/40, the scale with the least weighted rounding error, row by row."""
+    shrunk = [(scale * (1 - step / 40)).half().to(W.dtype) for step in range(1, 24)]
+    tried = torch.stack([scale, *shrunk])[..., None]  # (24, rows, 1)
+    middle = zero[:, None]
+    rounded = tried * ((torch.round(W / tried) + middle).clamp(0, 2**bits - 1) - middle)  # (24, rows, group)
+    losses = (W - rounded) ** 2 @ importance  # (24, rows)
+    return tried[losses.argmin(0), torch.arange(len(W)), 0]
+
+
 def torch_gptq(W, H, config: QuantizeConfig):
     """Codes [out, in] in the original column order, scales and zeros [out, G], g_idx [in], loss."""
     W, H, columns = W.clone(), H.clone(), W.shape[1]
     size, maxq = config.rows_per_group(columns), config.max_code
     groups = torch.arange(columns) // size
+    act_order = config.desc_act or config.recipe.act_order
+    static = config.static_groups or (config.recipe.act_order and not config.desc_act)
+    importance = H.diagonal() + config.damp_percent * H.diagonal().mean()
+
+    def find(chunk, weight):
+        scale, zero = torch_grid(chunk, config.bits, config.sym, config.checkpoint_format)
+        return (torch_clip(chunk, scale, zero, config.bits, weight) if config.recipe.clip else scale), zero
+
     grids = {}
-    if config.static_groups:
-        for g, chunk in enumerate(W.split(size, dim=1)):
-            grids[g] = torch_grid(chunk, config.bits, config.sym, config.checkpoint_format)
+    if static:
+        for g, (chunk, weight) in enumerate(zip(W.split(size, dim=1), importance.split(size), strict=True)):
+            grids[g] = find(chunk, weight)
     perm = torch.arange(columns)
-    if config.desc_act:
+    if act_order:
         perm = torch.argsort(H.diagonal(), descending=True, stable=True)
-        W, H = W[:, perm], H[perm][:, perm]
-        groups = groups[perm] if config.static_groups else groups
+        W, H, importance = W[:, perm], H[perm][:, perm], importance[perm]
+        groups = groups[perm] if static else groups
     H += config.damp_percent * H.diagonal().mean() * torch.eye(columns, dtype=H.dtype)
     Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     codes, loss = torch.empty(W.shape, dtype=torch.uint8), 0.0
     for i in range(columns):
         g = int(groups[i])
-        if not config.static_groups and i % size == 0:
-            grids[g] = torch_grid(W[:, i : i + size], config.bits, config.sym, config.checkpoint_format)
+        if not static and i % size == 0:
+            grids[g] = find(W[:, i : i + size], importance[i : i + size])
         scale, zero = grids[g]
         code = (torch.round(W[:, i] / scale) + zero).clamp(0, maxq)
         err = (W[:, i] - scale * (code - zero)) / Hinv[i, i]
@@ -73,14 +91,15 @@ def problem(rows: int, columns: int, seed: int) -> tuple[np.ndarray, np.ndarray]
     return W, X.T @ X / 8
 
 
+@pytest.mark.parametrize("recipe", [RECIPES["plain"], RECIPES["fast"], Recipe(clip=True)], ids=["plain", "fast", "clip"])
 @pytest.mark.parametrize("static_groups", [False, True])
 @pytest.mark.parametrize("desc_act", [False, True])
 @pytest.mark.parametrize(("sym", "storage"), [(True, "gptq"), (False, "gptq"), (False, "gptq_v2")])
 @pytest.mark.parametrize(("bits", "group_size"), [(2, -1), (3, 16), (4, 48), (4, 128), (8, 32)])
 def test_codes_are_equal_in_float64(
-    bits: int, group_size: int, sym: bool, storage: str, desc_act: bool, static_groups: bool
+    bits: int, group_size: int, sym: bool, storage: str, desc_act: bool, static_groups: bool, recipe: Recipe
 ) -> None:
-    config = QuantizeConfig(bits, group_size, desc_act, sym, 0.01, static_groups, checkpoint_format=storage)
+    config = QuantizeConfig(bits, group_size, desc_act, sym, 0.01, static_groups, checkpoint_format=storage, recipe=recipe)
     W, H = problem(20, 160, seed=bits)
     codes, scales, zeros, g_idx, loss = torch_gptq(torch.from_numpy(W), torch.from_numpy(H), config)
     for method in ("definition", "numba"):
@@ -95,7 +114,7 @@ def test_codes_are_equal_in_float64(
 @pytest.mark.parametrize("desc_act", [False, True])
 @pytest.mark.parametrize(("bits", "group_size"), [(3, 128), (4, 32), (4, 48), (8, -1)])
 def test_losses_are_equal_in_float32(bits: int, group_size: int, desc_act: bool) -> None:
-    config = QuantizeConfig(bits=bits, group_size=group_size, desc_act=desc_act)
+    config = QuantizeConfig(bits=bits, group_size=group_size, desc_act=desc_act, recipe=RECIPES["plain"])
     W, H = (array.astype(np.float32) for array in problem(256, 288, seed=bits))
     loss = torch_gptq(torch.from_numpy(W), torch.from_numpy(H), config)[-1]
     assert solve(W, H, config).loss == pytest.approx(loss, rel=1e-3)

@@ -23,7 +23,7 @@ import numpy as np
 
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.gptq.grid import dequantize, find_grid, quantize
+from tinygptq.gptq.grid import dequantize, find_grid, quantize, search_clip
 from tinygptq.ops import array_module
 
 B = 128  # columns in a block (the paper's value); any other gives the same codes but for floating-point rounding
@@ -63,12 +63,14 @@ class Factor:
 
     Shapes:
         Hinv: [in, in] upper triangular, ``Hinv^T Hinv`` the inverse of the damped H, in processing order. perm: int [in],
-        column perm[i] is the i-th to be processed, None for the identity. dead: bool [in], original order.
+        column perm[i] is the i-th to be processed, None for the identity. dead: bool [in] and importance: [in], diag(H) as
+        damped, both in original order.
     """
 
     Hinv: np.ndarray
     perm: np.ndarray | None
     dead: np.ndarray
+    importance: np.ndarray
     damp: float
 
 
@@ -96,7 +98,7 @@ def solve(
     Args:
         W: float [out, in]; not modified.
         H: float [in, in] from `Hessian.H`, not modified; or the `Factor` that `prepare` made of it.
-        config: bits, group_size, sym, desc_act, static_groups, damp_percent, checkpoint_format are used.
+        config: bits, group_size, sym, desc_act, static_groups, damp_percent, checkpoint_format, recipe are used.
         method: "numba" (the fast twin, NumPy arrays only) or "definition" (NumPy or CuPy); None picks by the array.
         dtype: of W, Hinv and all arithmetic on them, float32 or float64. H is factored in float64 always.
         name: what error messages and the log call this linear.
@@ -113,18 +115,23 @@ def solve(
         raise TinyGPTQError(f"{name}: W is {W.shape}, so H should be [{W.shape[1]}, same], found {factor.dead.shape[0]}")
     W = xp.where(factor.dead, W.dtype.type(0), W)  # (out, in)
     with _named(name):
-        static = _static_grids(W, config) if config.static_groups else None
+        importance = factor.importance.astype(dtype, copy=False) if config.recipe.clip else None
+        find_grids = _static_grids if method == "definition" else _twin().static_grids
+        static = find_grids(W, config, importance) if config.grids_first else None
     k_to_group = xp.arange(W.shape[1]) // config.rows_per_group(W.shape[1])
     if factor.perm is None:
         g_idx = column_groups = k_to_group
     else:
         W = W[:, factor.perm]
-        column_groups = k_to_group[factor.perm] if config.static_groups else k_to_group
+        importance = None if importance is None else importance[factor.perm]
+        column_groups = k_to_group[factor.perm] if config.grids_first else k_to_group
         g_idx = xp.empty_like(column_groups)
         g_idx[factor.perm] = column_groups
     quantize_all = quantize_columns if method == "definition" else _twin().quantize_columns
     with _named(name):
-        codes, scales, zeros, loss = quantize_all(W, factor.Hinv.astype(dtype, copy=False), config, column_groups, static)
+        codes, scales, zeros, loss = quantize_all(
+            W, factor.Hinv.astype(dtype, copy=False), config, column_groups, static, importance
+        )
     if not np.isfinite(loss):
         raise TinyGPTQError(f"{name}: the corrections overflow, H is too ill-conditioned; raise damp_percent")
     if factor.perm is not None:
@@ -141,6 +148,7 @@ def quantize_columns(
     config: QuantizeConfig,
     column_groups: np.ndarray,
     static: tuple[np.ndarray, np.ndarray] | None,
+    importance: np.ndarray | None = None,
 ) -> Columns:
     """Algorithm 1, with a grid for each group of columns.
 
@@ -149,6 +157,7 @@ def quantize_columns(
         Hinv: [in, in] in W's dtype, upper triangular.
         column_groups: int [in], group of each column; without ``static`` they are 0 .. G-1 in consecutive runs.
         static: scales and zeros [out, G] found beforehand, None to find each where its group starts.
+        importance: [in], what `search_clip` weighs errors by, in processing order; None for grids without it.
     """
     xp = array_module(W)
     rows, columns = W.shape
@@ -165,7 +174,7 @@ def quantize_columns(
                 late = slice(i2, max(i + group_size, i2))
                 corrected = W[:, late] - Err[:, : i - i1] @ Hinv[i1:i, late]  # (rows, columns beyond the block)
                 group = xp.concatenate([W[:, i : min(i + group_size, i2)], corrected], axis=1)  # (rows, group)
-                scales[:, g], zeros[:, g] = find_grid(group, config.bits, config.sym, config.checkpoint_format)
+                scales[:, g], zeros[:, g] = _group_grid(group, config, importance, i)
             w, d = W[:, i], Hinv[i, i]
             code = quantize(w, scales[:, g], zeros[:, g], maxq)
             err = (w - dequantize(code, scales[:, g], zeros[:, g])) / d
@@ -186,8 +195,8 @@ def prepare(
 ) -> Factor:
     """Order the columns, damp H and factor its inverse; the result serves every linear that has this input.
 
-    Act-order (desc_act) processes columns by descending diag(H); equal ones keep their order. Dead inputs, where diag(H)
-    is 0, come last then; their diagonal becomes 1, and they stay out of the mean that damping is measured by.
+    Act-order (desc_act, or the recipe's) processes columns by descending diag(H); equal ones keep their order. Dead inputs,
+    where diag(H) is 0, come last then; their diagonal becomes 1, and they stay out of the mean that damping is measured by.
 
     Args and errors: as for `solve`; H is float [in, in] and is not modified.
     """
@@ -199,7 +208,7 @@ def prepare(
         raise TinyGPTQError(f"{name}: H holds NaN or infinity; look at the activations it was gathered from")
     dead = H.diagonal() == 0
     perm = None
-    if config.desc_act:
+    if config.in_act_order:
         perm = xp.argsort(-H.diagonal(), kind="stable")
         H = H[xp.ix_(perm, perm)]  # (in, in)
     H = H.astype(np.float64)  # a copy, damped in place below
@@ -208,7 +217,9 @@ def prepare(
     diagonal[diagonal == 0] = 1
     invert = inverse_cholesky if method == "definition" else _twin().inverse_cholesky
     Hinv, damp = _damped(H, diagonal, mean, config.damp_percent, invert, name)
-    return Factor(Hinv.astype(dtype, copy=False), perm, dead, damp)
+    importance = xp.empty_like(diagonal)
+    importance[slice(None) if perm is None else perm] = diagonal + damp * mean
+    return Factor(Hinv.astype(dtype, copy=False), perm, dead, importance, damp)
 
 
 def _damped(H: np.ndarray, diagonal: np.ndarray, mean: float, damp: float, invert, name: str) -> tuple[np.ndarray, float]:
@@ -283,12 +294,21 @@ def round_to_nearest(
     return Solution(codes, scales, zeros, g_idx.astype(np.int32), loss, config.damp_percent)
 
 
-def _static_grids(W: np.ndarray, config: QuantizeConfig) -> tuple[np.ndarray, np.ndarray]:
+def _group_grid(group: np.ndarray, config: QuantizeConfig, importance: np.ndarray | None, k: int):
+    """Scale and zero [out] of the group [out, columns] that starts at column k, narrowed where an importance is given."""
+    scale, zero = find_grid(group, config.bits, config.sym, config.checkpoint_format)
+    if importance is not None:
+        scale = search_clip(group, scale, zero, config.max_code, importance[k : k + group.shape[1]])
+    return scale, zero
+
+
+def _static_grids(
+    W: np.ndarray, config: QuantizeConfig, importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Scales and zeros [out, G] of contiguous groups of the weights as they are."""
     xp = array_module(W)
     size = config.rows_per_group(W.shape[1])
-    starts = range(0, W.shape[1], size)
-    grids = [find_grid(W[:, k : k + size], config.bits, config.sym, config.checkpoint_format) for k in starts]
+    grids = [_group_grid(W[:, k : k + size], config, importance, k) for k in range(0, W.shape[1], size)]
     return xp.stack([scale for scale, _ in grids], axis=1), xp.stack([zero for _, zero in grids], axis=1)
 
 

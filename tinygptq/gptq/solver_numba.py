@@ -17,7 +17,7 @@ from numba import njit, prange
 
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.gptq.grid import OVERFLOW, SMALLEST_SCALE
+from tinygptq.gptq.grid import CLIPS, OVERFLOW, SMALLEST_SCALE
 from tinygptq.gptq.solver import Columns
 from tinygptq.threads import matmul
 
@@ -66,6 +66,7 @@ def quantize_columns(
     config: QuantizeConfig,
     column_groups: np.ndarray,
     static: tuple[np.ndarray, np.ndarray] | None,
+    importance: np.ndarray | None = None,
 ) -> Columns:
     """Algorithm 1; arguments and result as for `solver.quantize_columns`."""
     rows, columns = W.shape
@@ -76,15 +77,43 @@ def quantize_columns(
         scales, zeros = (np.empty((config.num_groups(columns), rows), W.dtype) for _ in range(2))
     else:
         scales, zeros = (np.ascontiguousarray(grid.T) for grid in static)  # (G, out)
-    least_zero = real(1 if config.checkpoint_format == "gptq" else 0)
     _quantize_rows(
         np.ascontiguousarray(W), np.ascontiguousarray(Hinv), codes, scales, zeros, losses, column_groups,
         _block_bounds(columns, group_size), group_size if static is None else 0,
-        config.sym, real(config.max_code), least_zero,
+        *_search(importance, W.dtype), config.sym, real(config.max_code), _least_zero(config, real),
     )  # fmt: skip
     if not np.isfinite(scales).all():
         raise TinyGPTQError(OVERFLOW)
     return Columns(codes.T, scales.T, zeros.T, float(losses.sum()) / 2)
+
+
+def static_grids(
+    W: np.ndarray, config: QuantizeConfig, importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and zeros [out, G] of contiguous groups of the weights as they are."""
+    real, columns = W.dtype.type, W.shape[1]
+    scales, zeros = (np.empty((config.num_groups(columns), len(W)), W.dtype) for _ in range(2))
+    _find_grids(
+        np.ascontiguousarray(W), scales, zeros, config.rows_per_group(columns), *_search(importance, W.dtype),
+        config.sym, real(config.max_code), _least_zero(config, real),
+    )  # fmt: skip
+    if not np.isfinite(scales).all():
+        raise TinyGPTQError(OVERFLOW)
+    return scales.T, zeros.T
+
+
+def _search(importance: np.ndarray | None, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """What `_search_clip` needs: importance [in] and the clips to try, none at all where there is nothing to search.
+
+    (The clips are handed in because Numba's disk cache would not notice that a constant of another module has changed.)
+    """
+    if importance is None:
+        return np.empty(0, dtype), np.empty(0, dtype)
+    return np.ascontiguousarray(importance), CLIPS.astype(dtype)
+
+
+def _least_zero(config: QuantizeConfig, real: type) -> np.floating:
+    return real(1 if config.checkpoint_format == "gptq" else 0)
 
 
 def _block_bounds(columns: int, group_size: int) -> np.ndarray:
@@ -94,25 +123,49 @@ def _block_bounds(columns: int, group_size: int) -> np.ndarray:
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _quantize_rows(W, Hinv, codes, scales, zeros, losses, column_groups, bounds, group_size, sym, maxq, least_zero):
+def _quantize_rows(
+    W, Hinv, codes, scales, zeros, losses, column_groups, bounds, group_size, importance, clips, sym, maxq, least_zero
+):
     """All rows of W [out, in], a chunk at a time; writes codes [in, out], losses [chunks] and, unless group_size is 0
     (static), scales and zeros [G, out]."""
     for chunk in prange(len(losses)):
         r1 = chunk * ROWS
-        count = min(ROWS, W.shape[0] - r1)
-        w = np.zeros((W.shape[1], ROWS), W.dtype)  # the last chunk's missing rows stay zero
-        w[:, :count] = W[r1 : r1 + count].T
+        w, count = _transposed_chunk(W, r1)
         scale, zero = np.ones((len(scales), ROWS), W.dtype), np.zeros((len(scales), ROWS), W.dtype)
         if group_size == 0:
             scale[:, :count], zero[:, :count] = scales[:, r1 : r1 + count], zeros[:, r1 : r1 + count]
         code = np.empty((W.shape[1], ROWS), np.uint8)
-        losses[chunk] = _quantize_chunk(w, Hinv, code, scale, zero, column_groups, bounds, group_size, sym, maxq, least_zero)
+        losses[chunk] = _quantize_chunk(
+            w, Hinv, code, scale, zero, column_groups, bounds, group_size, importance, clips, sym, maxq, least_zero
+        )
         codes[:, r1 : r1 + count] = code[:, :count]
         scales[:, r1 : r1 + count], zeros[:, r1 : r1 + count] = scale[:, :count], zero[:, :count]
 
 
+@njit(cache=True, parallel=True, error_model="numpy")
+def _find_grids(W, scales, zeros, group_size, importance, clips, sym, maxq, least_zero):
+    """Grids of all groups of W [out, in] as it is, into scales and zeros [G, out]."""
+    for chunk in prange(-(-W.shape[0] // ROWS)):
+        r1 = chunk * ROWS
+        w, count = _transposed_chunk(W, r1)
+        scale, zero = np.empty(ROWS, W.dtype), np.empty(ROWS, W.dtype)
+        for g in range(len(scales)):
+            k = g * group_size
+            _find_grid(w[k : k + group_size], importance[k : k + group_size], clips, scale, zero, sym, maxq, least_zero)
+            scales[g, r1 : r1 + count], zeros[g, r1 : r1 + count] = scale[:count], zero[:count]
+
+
 @njit(cache=True, error_model="numpy")
-def _quantize_chunk(w, Hinv, code, scale, zero, column_groups, bounds, group_size, sym, maxq, least_zero):
+def _transposed_chunk(W, r1):
+    """ROWS rows of W [out, in] from r1 as [in, ROWS], and how many there were; missing rows are zero."""
+    count = min(ROWS, W.shape[0] - r1)
+    w = np.zeros((W.shape[1], ROWS), W.dtype)
+    w[:, :count] = W[r1 : r1 + count].T
+    return w, count
+
+
+@njit(cache=True, error_model="numpy")
+def _quantize_chunk(w, Hinv, code, scale, zero, column_groups, bounds, group_size, importance, clips, sym, maxq, least_zero):
     """Algorithm 1 on w [in, ROWS], which it overwrites; returns the sum of squared errors."""
     Err = np.empty((B, ROWS), w.dtype)
     loss = 0.0
@@ -121,7 +174,8 @@ def _quantize_chunk(w, Hinv, code, scale, zero, column_groups, bounds, group_siz
         for i in range(i1, i2):
             g = column_groups[i]
             if group_size > 0 and i % group_size == 0:
-                _find_grid(w[i : i + group_size], scale[g], zero[g], sym, maxq, least_zero)
+                end = i + group_size
+                _find_grid(w[i:end], importance[i:end], clips, scale[g], zero[g], sym, maxq, least_zero)
             loss += _round(w[i], scale[g], zero[g], maxq, Hinv[i, i], code[i], Err[i - i1])
             _correct(w[i + 1 : i2], Err[i - i1], Hinv[i, i + 1 : i2])
         if i2 - i1 == B:
@@ -166,8 +220,9 @@ def _correct_by_block(w, Err, u):
 
 
 @njit(cache=True, error_model="numpy")
-def _find_grid(W, scale, zero, sym, maxq, least_zero):
-    """`grid.find_grid` for W [columns of the group, rows], written to scale and zero [rows]."""
+def _find_grid(W, importance, clips, scale, zero, sym, maxq, least_zero):
+    """`grid.find_grid` for W [columns of the group, rows], written to scale and zero [rows]; `grid.search_clip` after it,
+    unless clips is empty."""
     real = W.dtype.type
     xmin, xmax = np.zeros(W.shape[1], W.dtype), np.zeros(W.shape[1], W.dtype)
     for k in range(W.shape[0]):
@@ -190,6 +245,30 @@ def _find_grid(W, scale, zero, sym, maxq, least_zero):
                 s = _as_stored(high / (maxq - real(1)), False)
                 z = least_zero
         scale[r], zero[r] = s, z
+    if len(clips) > 0:
+        _search_clip(W, importance, clips, scale, zero, maxq)
+
+
+@njit(cache=True, error_model="numpy")
+def _search_clip(W, importance, clips, scale, zero, maxq):
+    """`grid.search_clip` for W [columns of the group, rows], in place."""
+    real = W.dtype.type
+    tried, loss = scale.copy(), np.empty(W.shape[1], W.dtype)
+    best, least = scale.copy(), np.full(W.shape[1], np.inf, W.dtype)
+    for clip in clips:
+        if clip < 1:
+            for r in range(W.shape[1]):
+                tried[r] = _as_stored(scale[r] * clip, False)
+        loss[:] = 0
+        for k in range(W.shape[0]):
+            for r in range(W.shape[1]):
+                code = min(max(np.rint(W[k, r] / tried[r]) + zero[r], real(0)), maxq)
+                error = W[k, r] - tried[r] * (code - zero[r])
+                loss[r] += error * error * importance[k]
+        for r in range(W.shape[1]):
+            if loss[r] < least[r]:
+                best[r], least[r] = tried[r], loss[r]
+    scale[:] = best
 
 
 @njit(cache=True, error_model="numpy")

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 FEW_ROWS = 16  # up to here x goes through the tiles; writing W out for BLAS pays only for many rows
-SCORES_AT_ONCE = 1 << 22  # attention scores in memory at a time (16 MiB), however long the context
+SCORES_AT_ONCE = 1 << 18  # attention scores that a thread has in memory at a time (1 MiB)
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,16 +265,21 @@ def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     groups, seen = k.shape[1], k.shape[2]
     share = heads // groups  # query heads that read the same keys: one product for them all
     out = np.empty((batch, tokens, groups, share, dim), np.float32)
-    block = min(tokens, max(16, SCORES_AT_ONCE // (batch * heads * seen)))
-    q = (q * np.float32(dim**-0.5)).reshape(batch, groups, share, tokens, dim)
-    for start in range(0, tokens, block):
-        end = min(start + block, tokens)
-        visible = seen - tokens + end  # keys that the block's last query sees
-        rows = q[:, :, :, start:end].reshape(batch, groups, share * (end - start), dim)  # (B, G, H/G * t, D)
-        scores = threads.matmul(rows, k[:, :, :visible].swapaxes(-1, -2))  # (B, G, H/G * t, S')
-        cpu_launch.run(cpu_launch.SOFTMAX, scores.size // visible, scores, visible, end - start)
-        mixed = threads.matmul(scores, v[:, :, :visible]).reshape(batch, groups, share, end - start, dim)
-        out[:, start:end] = mixed.transpose(0, 3, 1, 2, 4)  # (B, t, G, H/G, D)
+    q = q.reshape(batch, groups, share, tokens, dim)
+    block = min(tokens, max(16, SCORES_AT_ONCE // (share * seen)))
+    tasks = [(b, g, start) for start in range(0, tokens, block) for b in range(batch) for g in range(groups)]
+
+    def attend(some: slice) -> None:
+        for b, g, start in tasks[some]:
+            end = min(start + block, tokens)
+            visible = seen - tokens + end  # keys that the block's last query sees
+            rows = (q[b, g, :, start:end] * np.float32(dim**-0.5)).reshape(-1, dim)  # (H/G * t, D)
+            scores = rows @ k[b, g, :visible].T  # (H/G * t, S')
+            cpu_launch.run_here(cpu_launch.SOFTMAX, len(scores), scores, visible, end - start)
+            mixed = (scores @ v[b, g, :visible]).reshape(share, end - start, dim)
+            out[b, start:end, g] = mixed.swapaxes(0, 1)  # (t, H/G, D)
+
+    threads.share(len(tasks), 2 * q.size * seen, attend, slices=len(tasks))
     return out.reshape(batch, tokens, heads * dim)
 
 

@@ -33,6 +33,18 @@ def run(op: int, parts: int, *numbers: int | np.ndarray, number: float = 0.0) ->
     _launch(kernels().address, job.ctypes.data, parts, np.float32(number))
 
 
+def run_here(op: int, parts: int, *numbers: int | np.ndarray) -> None:
+    """The same on the calling thread alone, with Python's lock released: for threads that share out larger tasks."""
+    job = np.array([op, *(n.ctypes.data if isinstance(n, np.ndarray) else n for n in numbers)], np.int64)
+    _launch_here(kernels().address, job.ctypes.data, parts)
+
+
+@njit(nogil=True, cache=True)
+def _launch_here(function, job, parts):
+    for part in range(parts):
+        simd.call(function, job, part, np.float32(0))
+
+
 @njit(parallel=True, cache=True)
 def _launch(function, job, parts, number):
     for part in prange(parts):
