@@ -101,8 +101,8 @@ class ProvidedFile:
 
     @property
     def exllama(self) -> bool:
-        """Whether both versions of ExLlama load it."""
-        return not any(reasons for name, reasons in self.loaders.items() if name.startswith("ExLlama"))
+        """Whether ExLlama loads it; version 2, whose demands are the lesser ones."""
+        return not self.loaders["ExLlama v2"]
 
 
 def provided_files(folders: Sequence[Path]) -> list[ProvidedFile]:
@@ -219,7 +219,7 @@ PARAMETERS = """- **Bits**: how many bits a quantised weight takes.
 - **GPTQ dataset**: the text that the model was calibrated on. It is not what the model was trained on.
 - **Sequence Length**: tokens in each calibration window. It does not limit the length of prompts.
 - **Perplexity**: of the quantised model, measured; lower is better, "-" is not measured.
-- **ExLlama Compatibility**: whether ExLlama (v1 and v2) loads the file; it takes 4 bits only."""
+- **ExLlama Compatibility**: whether ExLlama (v2) loads the file; it takes 4 bits only."""
 
 COLUMNS = ("Branch", "Bits", "GS", "Act Order", "Damp %", "GPTQ Dataset", "Seq Len", "Size", "Perplexity", "ExLlama")
 
@@ -254,9 +254,10 @@ def readable_size(size: int) -> str:
 
 
 def _measured(perplexity: dict[str, Any]) -> str:
+    beside = f" The unquantised model has {perplexity['unquantised']:.3f}." if "unquantised" in perplexity else ""
     return (
         f"Perplexity is over {perplexity['tokens']:,} tokens of {perplexity['dataset']}, in windows of "
-        f"{perplexity['seqlen']}, on the CPU."
+        f"{perplexity['seqlen']}, on the CPU.{beside}"
     )
 
 

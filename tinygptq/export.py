@@ -35,6 +35,8 @@ COMPANIONS = (
     "generation_config.json",
 )
 
+KOBOLD_KEYS = ("gptq_bits", "gptq_groupsize")  # of a config.json that KoboldAI's fork reads; they describe other weights
+
 
 def require_free(out: Path) -> None:
     """Raise if ``out`` exists and is not an empty folder."""
@@ -136,7 +138,8 @@ class QuantizedFolderWriter:
         layout = tensor_layout(config, quantization)
         for name in self._biased:
             layout[f"{name}.bias"] = (np.dtype(np.float16), weights.linears[name].bias.shape)
-        write_configs(folder, source, quantization, facts)
+        facts = quantization.to_dict(model_name=source.folder.resolve().name) | dict(facts or {})
+        write_configs(source.folder, folder, "float16", facts)
         self.checksums = dict(finished or {})
         self._file = TensorFileWriter(folder / "model.safetensors", layout, keep=self.checksums)
         self._file.write("model.embed_tokens.weight", to_half(weights.embedding, "model.embed_tokens.weight"))
@@ -175,17 +178,27 @@ def to_half(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def write_configs(
-    folder: Path, source: Checkpoint, quantization: QuantizeConfig, facts: Mapping[str, Any] | None = None
+    source: Path,
+    folder: Path,
+    dtype: str,
+    quantization: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Both configs and the tokenizer's files. ``facts`` are more entries of the quantisation dict, or other values."""
-    facts = quantization.to_dict(model_name=source.folder.resolve().name) | dict(facts or {})
-    raw = read_json(source.folder / "config.json")
-    raw.pop("quantization_config", None)
-    raw["torch_dtype"] = "float16"
-    raw.pop("dtype", None)
-    write_json(folder / "quantize_config.json", facts)
-    write_json(folder / "config.json", {**raw, "quantization_config": facts})
-    copy_companions(source.folder, folder)
+    """config.json of ``source`` for weights of another dtype, and the tokenizer's files.
+
+    Args:
+        dtype: of the tensors that are not quantised: ``float16`` or ``float32``.
+        quantization: the dict that quantize_config.json holds and config.json repeats; None for an unquantised folder.
+        changes: other entries of config.json.
+    """
+    dropped = ("quantization_config", "dtype", *KOBOLD_KEYS)
+    raw = {key: value for key, value in read_json(source / "config.json").items() if key not in dropped}
+    raw |= {"torch_dtype": dtype, **(changes or {})}
+    if quantization is not None:
+        write_json(folder / "quantize_config.json", dict(quantization))
+        raw["quantization_config"] = dict(quantization)
+    write_json(folder / "config.json", raw)
+    copy_companions(source, folder)
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -1,19 +1,22 @@
 """Who can load a folder: what ExLlama, Marlin, AutoGPTQ, GPTQModel, TGI, vLLM, KoboldAI and transformers demand of one.
 
-A rule is one generator of reasons against; no reason means yes. The demands are those of ExLlama v1 and v2, Marlin as
-GPTQModel calls it, AutoGPTQ 0.3-0.7, GPTQModel 7, TGI 2 and 3, vLLM, KoboldAI's 4-bit fork and transformers with optimum.
+A rule is one generator of reasons against; no reason means yes. Above each rule stands the source file that its demands
+were read from; those of GPTQModel 7.7 and of transformers 5 with optimum 2 were also tried (scripts/interop).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tinygptq.config import QuantizeConfig
-from tinygptq.gptq_files import FLOAT_ZEROS, NO_G_IDX, LinearFacts
+from tinygptq.gptq_configs import name_tool
+from tinygptq.gptq_files import FLOAT_ZEROS, NO_G_IDX, WITH_G_IDX, LinearFacts
 
 Reasons = Iterator[str]
+JOINED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # what servers make one matrix of
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,31 @@ class Loadable:
     def layout(self, name: str) -> str:
         return self.facts[name].layout if name in self.facts else ""
 
+    def scales(self, name: str) -> str:
+        return self.facts[name].scales if name in self.facts else ""
+
     def inputs(self, name: str) -> int:
         return self.shapes[name][0]
 
     def outputs(self, name: str) -> int:
         return self.shapes[name][1]
+
+    def short_group(self, name: str) -> bool:
+        """Whether the last group has fewer rows than the others."""
+        return self.config.group_size != -1 and self.inputs(name) % self.config.group_size != 0
+
+    def sorts(self, name: str) -> bool:
+        """Whether there is a g_idx that is not all zero."""
+        return self.layout(name) == WITH_G_IDX and self.config.num_groups(self.inputs(name)) > 1
+
+    def joined_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shapes with q, k and v as one matrix, gate and up as another, each under the name of the first."""
+        joined: dict[str, tuple[int, int]] = {}
+        for name, (inputs, outputs) in self.shapes.items():
+            owner, _, linear = name.rpartition(".")
+            first = f"{owner}.{JOINED.get(linear, linear)}"
+            joined[first] = (inputs, joined.get(first, (inputs, 0))[1] + outputs)
+        return joined
 
 
 # ----------------------------------------------------------------------------------------------- what several demand
@@ -79,9 +102,14 @@ def _even_groups(folder: Loadable) -> Reasons:
 
 
 def _whole_groups(folder: Loadable) -> Reasons:
-    group = folder.config.group_size
-    if group != -1 and (found := folder.where(lambda name: folder.inputs(name) % group != 0)):
-        yield f"a group of {group} does not divide the input features ({found})"
+    if found := folder.where(folder.short_group):
+        yield f"a group of {folder.config.group_size} does not divide the input features ({found})"
+
+
+def _group_size(folder: Loadable, *supported: int) -> Reasons:
+    if folder.config.group_size not in supported:
+        sizes = ["none" if size == -1 else str(size) for size in supported]
+        yield f"a group of {folder.config.group_size}; it has {', '.join(sizes[:-1])} and {sizes[-1]}"
 
 
 def _some_config(folder: Loadable) -> Reasons:
@@ -94,91 +122,9 @@ def _bits(folder: Loadable, *supported: int) -> Reasons:
         yield f"{folder.config.bits} bits; it has {' and '.join(map(str, supported))}"
 
 
-# ------------------------------------------------------------------------------------------------------------- rules
-
-
-def _exllama(folder: Loadable) -> Reasons:
-    """v1 and v2 have the same 4-bit kernels."""
-    config = folder.config
-    yield from _bits(folder, 4)
-    yield from _packed_zeros(folder)
-    yield from _zero_minus_one(folder)
-    if found := folder.where(lambda name: name in folder.facts and folder.facts[name].scales != "float16"):
-        yield f"scales have to be fp16 ({found})"
-    yield from _multiples(folder, "input", folder.inputs, 32)
-    yield from _multiples(folder, "output", folder.outputs, 8)
-    yield from _whole_groups(folder)
-    yield from _even_groups(folder)
-    if config.group_size != -1 and config.group_size & (config.group_size - 1):
-        yield f"a group has to be a power of two, this is {config.group_size}"
-    if config.desc_act and config.group_size == -1:
-        yield "act-order without groups"
-
-
-def _marlin(folder: Loadable) -> Reasons:
-    yield from _bits(folder, 4, 8)
-    yield from _packed_zeros(folder)
-    if found := folder.where(lambda name: name in folder.facts and not folder.facts[name].symmetric):
-        yield f"asymmetric zero points ({found})"
-    if folder.config.group_size not in (-1, 32, 64, 128):
-        yield f"a group of {folder.config.group_size}; it has none, 32, 64 and 128"
-    yield from _whole_groups(folder)
-    yield from _even_groups(folder)
-    yield from _multiples(folder, "output", folder.outputs, 64)
-
-
-def _autogptq(folder: Loadable) -> Reasons:
-    yield from _some_config(folder)
-    yield from _packed_zeros(folder)
-    yield from _zero_minus_one(folder)
-    yield from _g_idx(folder)
-
-
-def _gptqmodel(folder: Loadable) -> Reasons:
-    yield from _some_config(folder)
-    yield from _packed_zeros(folder)
-    yield from _g_idx(folder)
-    if "is_marlin_format" in folder.quantize_config:
-        yield "the config has the key is_marlin_format, at which it stops whatever the value"
-    yield from _label_is_right(folder)
-
-
-def _tgi(folder: Loadable) -> Reasons:
-    yield from _some_config(folder)
-    yield from _bits(folder, 2, 4, 8)
-    yield from _packed_zeros(folder)
-    yield from _zero_minus_one(folder)
-    yield from _g_idx(folder)
+def _joined(folder: Loadable) -> Reasons:
     if folder.unequal:
         yield f"g_idx differs between {folder.unequal[0][0]} and {folder.unequal[0][1]}, which it joins"
-    if folder.places and folder.config.sym and "sym" not in folder.quantize_config:
-        yield "the config does not say sym, which it takes for false"
-
-
-def _vllm(folder: Loadable) -> Reasons:
-    yield from _some_config(folder)
-    yield from _packed_zeros(folder)
-    yield from _whole_groups(folder)
-    yield from _label_is_right(folder)
-    if folder.unequal:
-        yield f"g_idx differs between {folder.unequal[0][0]} and {folder.unequal[0][1]}, which it joins"
-
-
-def _koboldai(folder: Loadable) -> Reasons:
-    keys = ("gptq_bits", "gptq_groupsize")
-    if not all(key in folder.model_config for key in keys) and "4bit-128g.safetensors" not in folder.files:
-        yield "config.json has no gptq_bits and gptq_groupsize, and no file is named 4bit-128g.safetensors"
-    yield from _zero_minus_one(folder)
-
-
-def _transformers(folder: Loadable) -> Reasons:
-    if "config.json" not in folder.places:
-        yield "config.json has no quantization_config"
-    if not any(name == "model.safetensors" or name.startswith("model-") for name in folder.files):
-        yield f"it opens model.safetensors or its shards, this is {', '.join(folder.files[:2])}"
-    yield from _packed_zeros(folder)
-    yield from _g_idx(folder)
-    yield from _label_is_right(folder)
 
 
 def _label_is_right(folder: Loadable) -> Reasons:
@@ -188,9 +134,161 @@ def _label_is_right(folder: Loadable) -> Reasons:
         yield f"it believes the label {folder.config.checkpoint_format}, which the zero points contradict ({wrong[0]})"
 
 
+def _tiles(inputs: int, outputs: int) -> bool:
+    """Whether Marlin has threads for a matrix of this shape."""
+    return (inputs % 128 == 0 and outputs % 64 == 0) or (inputs % 64 == 0 and outputs % 128 == 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- rules
+
+
+# exllama: model.py (Ex4bitLinear; an all-zero g_idx counts as none), exllama_ext.cpp (make_q4: fp16 scales),
+# q4_matrix.cu (the rows of any other g_idx are sorted 128 columns at a time, a remainder is left as it was; groups are
+# height / groups rows), q4_matmul.cu (groups in steps of 8 rows)
+def _exllama_v1(folder: Loadable) -> Reasons:
+    yield from _bits(folder, 4)
+    yield from _packed_zeros(folder)
+    yield from _zero_minus_one(folder)
+    if found := folder.where(lambda name: folder.scales(name) not in ("float16", "")):
+        yield f"scales have to be fp16 ({found})"
+    yield from _multiples(folder, "input", folder.inputs, 32)
+    yield from _multiples(folder, "output", folder.outputs, 8)
+    if found := folder.where(lambda name: folder.sorts(name) and folder.outputs(name) % 128 != 0):
+        yield f"with g_idx, output features have to be a multiple of 128 ({found})"
+    if found := folder.where(lambda name: folder.short_group(name) and folder.inputs(name) > folder.config.group_size):
+        yield f"a group of {folder.config.group_size} does not divide the input features ({found})"
+    yield from _even_groups(folder)
+    if folder.config.group_size != -1 and folder.config.group_size % 8:
+        yield f"a group has to be a multiple of 8, this is {folder.config.group_size}"
+
+
+# exllamav2: ext.py (make_q_matrix: fp32 scales are rounded, an all-zero g_idx counts as none), ext_qmatrix.cpp,
+# q_matrix.cu (the group is the power of two that gives as many groups; the last may be short), q_gemm_kernel_gptq.cuh
+# (a group begins at a multiple of 32 rows), linear.py (outputs are padded to 32)
+def _exllama_v2(folder: Loadable) -> Reasons:
+    group = folder.config.group_size
+    yield from _bits(folder, 4)
+    yield from _packed_zeros(folder)
+    yield from _zero_minus_one(folder)
+    if found := folder.where(lambda name: folder.scales(name) not in ("float16", "float32", "")):
+        yield f"scales have to be fp16 or fp32 ({found})"
+    yield from _multiples(folder, "input", folder.inputs, 32)
+    yield from _multiples(folder, "output", folder.outputs, 32)
+    yield from _even_groups(folder)
+    if group != -1 and (group % 32 or group & (group - 1)) and folder.where(lambda name: folder.inputs(name) > group):
+        yield f"a group has to be a power of two from 32 on, this is {group}"
+
+
+# GPTQModel 7.7: nn_modules/qlinear/marlin.py; utils/marlin.py (marlin_is_tile_aligned: what it takes by itself)
+def _marlin(folder: Loadable) -> Reasons:
+    yield from _bits(folder, 4, 8)
+    yield from _packed_zeros(folder)
+    if found := folder.where(lambda name: name in folder.facts and not folder.facts[name].symmetric):
+        yield f"asymmetric zero points ({found})"
+    yield from _group_size(folder, -1, 32, 64, 128)
+    yield from _whole_groups(folder)
+    yield from _even_groups(folder)
+    if found := folder.where(lambda name: not _tiles(*folder.shapes[name])):
+        yield f"input and output features have to be multiples of 64, one of them of 128 ({found})"
+
+
+# AutoGPTQ 0.7: nn_modules/qlinear/qlinear_cuda.py (2, 3, 4 and 8 bits; buffers of whole 32s)
+def _autogptq(folder: Loadable) -> Reasons:
+    yield from _some_config(folder)
+    yield from _packed_zeros(folder)
+    yield from _zero_minus_one(folder)
+    yield from _g_idx(folder)
+    yield from _multiples(folder, "input", folder.inputs, 32)
+    yield from _multiples(folder, "output", folder.outputs, 32)
+
+
+# GPTQModel 7.7: quantization/config.py (group sizes, is_marlin_format), models/loader.py (from_quantized: asymmetric
+# format gptq of its own making alone), nn_modules/qlinear/torch.py (any shape, any last group)
+def _gptqmodel(folder: Loadable) -> Reasons:
+    yield from _some_config(folder)
+    yield from _packed_zeros(folder)
+    yield from _g_idx(folder)
+    yield from _group_size(folder, -1, 16, 32, 64, 128, 256, 512, 1024)
+    if "is_marlin_format" in folder.quantize_config:
+        yield "the config has the key is_marlin_format, at which it stops whatever the value"
+    own = name_tool(folder.quantize_config)[1].startswith("meta.quantizer is gptqmodel:")
+    if not folder.config.sym and folder.config.checkpoint_format == "gptq" and not own:
+        yield "asymmetric and in format gptq, which it takes from itself alone; gptq_v2 loads"
+    yield from _label_is_right(folder)
+
+
+# TGI 3: utils/quantization.py (get_loader; sym is false unless the config says otherwise), layers/gptq/__init__.py
+# (get_multi_weights_col compares g_idx), layers/gptq/triton.py (2, 4, 8 bits), layers/marlin/gptq.py (what it takes on
+# GPUs from Ampere on: whole groups, shapes that fill Marlin's tiles, q/k/v and gate/up joined)
+def _tgi(folder: Loadable) -> Reasons:
+    yield from _some_config(folder)
+    yield from _bits(folder, 2, 4, 8)
+    yield from _packed_zeros(folder)
+    yield from _zero_minus_one(folder)
+    yield from _g_idx(folder)
+    yield from _joined(folder)
+    config = folder.config
+    if folder.places and config.sym and "sym" not in folder.quantize_config:
+        yield "the config does not say sym, which it takes for false"
+    if config.sym and config.bits in (4, 8) and config.group_size in (-1, 32, 64, 128):
+        yield from _whole_groups(folder)
+        if wrong := [name for name, shape in folder.joined_shapes().items() if not _tiles(*shape)]:
+            yield f"input and output features have to be multiples of 64, one of them of 128 ({wrong[0]})"
+    elif config.bits == 4 and not config.desc_act:
+        yield from _whole_groups(folder)
+
+
+# vLLM: layers/quantization/gptq.py (GPTQConfig.from_config, GPTQLinearMethod.create_weights; g_idx may be missing)
+def _vllm(folder: Loadable) -> Reasons:
+    yield from _some_config(folder)
+    if folder.places and (missing := [key for key in VLLM_KEYS if key not in folder.quantize_config]):
+        yield f"the config does not say {' and '.join(missing)}"
+    yield from _packed_zeros(folder)
+    yield from _whole_groups(folder)
+    yield from _label_is_right(folder)
+    yield from _joined(folder)
+
+
+VLLM_KEYS = ("bits", "group_size", "desc_act")
+
+
+# KoboldAI: modeling/inference_models/gptq_hf_torch/class.py (load_model_gptq_settings)
+def _koboldai(folder: Loadable) -> Reasons:
+    config, model = folder.config, folder.model_config
+    named = [name for name in folder.files if "4bit" in name and name.endswith(".safetensors")]
+    if "gptq_bits" in model:
+        believed, said = (model["gptq_bits"], model.get("gptq_groupsize", -1)), "config.json says"
+        if "model.safetensors" not in folder.files:
+            yield f"with gptq_bits in config.json it opens model.safetensors, this is {', '.join(folder.files[:2])}"
+    elif named:
+        size = re.search(r"4bit-(\d+)g", named[0])
+        believed, said = (4, int(size[1]) if size else -1), "the file's name says"
+    else:
+        yield "config.json has no gptq_bits, and no file has 4bit in its name"
+        believed = None
+    if believed not in (None, (config.bits, config.group_size)):
+        yield f"{said} {believed[0]} bits and group {believed[1]}, it has {config.bits} and {config.group_size}"
+    yield from _zero_minus_one(folder)
+
+
+# transformers 5 and optimum 2: quantizers/quantizer_gptq.py, optimum/gptq/quantizer.py (every linear of a block is taken
+# for quantised: one that dynamic leaves out is memory that nothing was read into); GPTQModel's kernels do the work
+def _transformers(folder: Loadable) -> Reasons:
+    if "config.json" not in folder.places:
+        yield "config.json has no quantization_config"
+    if not any(name == "model.safetensors" or name.startswith("model-") for name in folder.files):
+        yield f"it opens model.safetensors or its shards, this is {', '.join(folder.files[:2])}"
+    yield from _packed_zeros(folder)
+    yield from _g_idx(folder)
+    yield from _group_size(folder, -1, 16, 32, 64, 128, 256, 512, 1024)
+    if folder.quantize_config.get("dynamic"):
+        yield "the config has settings of single linears (dynamic), which it passes over"
+    yield from _label_is_right(folder)
+
+
 RULES: dict[str, Callable[[Loadable], Reasons]] = {
-    "ExLlama v1": _exllama,
-    "ExLlama v2": _exllama,
+    "ExLlama v1": _exllama_v1,
+    "ExLlama v2": _exllama_v2,
     "Marlin": _marlin,
     "AutoGPTQ": _autogptq,
     "GPTQModel": _gptqmodel,
@@ -213,9 +311,14 @@ def remarks(folder: Loadable) -> dict[str, str]:
     """What to know about loaders that can load the folder."""
     if folder.config is None:
         return {}
-    found = {}
-    if folder.config.bits == 8:
+    found, config = {}, folder.config
+    if config.bits == 8:
         found["AutoGPTQ"] = "its 8-bit CUDA kernel decodes zero points wrongly from 0.7.0 on"
-    if any(facts.stored_zeros == "zero" for facts in folder.facts.values()):
+    if config.bits == 4 and folder.where(folder.short_group):
+        found["AutoGPTQ"] = "with disable_exllamav2=True; that kernel wants whole groups"
+        found["transformers"] = 'on a CPU with GPTQConfig(bits=4, backend="torch"); its choice there wants whole groups'
+    if config.bits not in (4, 8) or not config.sym:
+        found["vLLM"] = "not the versions whose GPTQ is Marlin alone (auto_gptq.py, 2026): symmetric 4 and 8 bits"
+    elif any(facts.stored_zeros == "zero" for facts in folder.facts.values()):
         found["vLLM"] = "only versions that know the format gptq_v2"
     return found

@@ -23,6 +23,7 @@ from tinygptq.card import MARK, ModelFacts, ProvidedFile, model_card
 from tinygptq.checkpoint import find_quantize_config
 from tinygptq.config import LlamaConfig, QuantizeConfig, read_json
 from tinygptq.errors import TinyGPTQError
+from tinygptq.evaluate import Perplexity
 from tinygptq.facts import calibration_facts, read_meta, replace_text, text_facts, update_meta
 from tinygptq.hub import model_name, resolve
 from tinygptq.language_model import load
@@ -108,6 +109,7 @@ def publish(
     for outcome in run:
         outcomes[outcome.branch] = outcome
         log.info("%s: %s", outcome.branch, _told(outcome))
+    _note_original([job for job in jobs if not outcomes[job.branch].error])
     outcomes |= _write_cards(place, facts, {branch for branch, outcome in outcomes.items() if outcome.error})
     return [outcomes[name] for name in BRANCHES if name in outcomes]
 
@@ -247,8 +249,6 @@ def _quantize(job: Job) -> None:
 
 def _measure(job: Job) -> bool:
     """Measure the perplexity, if it is wanted and not yet noted; returns whether it did."""
-    from tinygptq.calibrate import evaluation_text  # only here: it may import tokenizers and datasets
-
     folder, recipe = Path(job.folder), job.recipe
     if recipe.perplexity is None:
         return False
@@ -256,10 +256,27 @@ def _measure(job: Job) -> bool:
     noted = read_meta(folder).get("perplexity") or {}
     if all(noted.get(key) == value for key, value in wanted.items()):
         return False
-    model = load(folder, context=2)  # windows go through the model whole, without the engine's cache
-    result = model.perplexity(evaluation_text(recipe.perplexity, model.tokenizer), recipe.seqlen, recipe.max_windows)
-    update_meta(folder, perplexity={**wanted, **asdict(result)})
+    update_meta(folder, perplexity={**wanted, **asdict(_perplexity(folder, recipe))})
     return True
+
+
+def _perplexity(folder: Path, recipe: Recipe) -> Perplexity:
+    from tinygptq.calibrate import evaluation_text  # only here: it may import tokenizers and datasets
+
+    model = load(folder, context=2)  # windows go through the model whole, without the engine's cache
+    return model.perplexity(evaluation_text(recipe.perplexity, model.tokenizer), recipe.seqlen, recipe.max_windows)
+
+
+def _note_original(done: list[Job]) -> None:
+    """Note the unquantised model's perplexity beside each branch's; it is measured once, for those that lack it."""
+    noted = {job: read_meta(Path(job.folder)).get("perplexity") for job in done if job.recipe.perplexity is not None}
+    lacking = [job for job, perplexity in noted.items() if "unquantised" not in perplexity]
+    if not lacking:
+        return
+    known = [perplexity["unquantised"] for perplexity in noted.values() if "unquantised" in perplexity]
+    value = known[0] if known else _perplexity(Path(done[0].src), done[0].recipe).perplexity
+    for job in lacking:
+        update_meta(Path(job.folder), perplexity={**noted[job], "unquantised": value})
 
 
 # ---------------------------------------------------------------------------------------------------- on a cluster

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from tinygptq.checkpoint import Checkpoint, load_checkpoint
-from tinygptq.config import read_json
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import copy_companions, new_folder, to_half, write_json
+from tinygptq.export import new_folder, to_half, write_configs
 from tinygptq.shards import ShardedWriter
 from tinygptq.tokenizer_rules import FolderRules
 from tinygptq.weights import DenseLinear
@@ -60,7 +59,7 @@ def recover(
     padded = match(raw, before, diff, change)
     kind = np.dtype(dtype)
     with new_folder(path_tuned) as folder:
-        _write_configs(diff, folder, dtype)
+        write_configs(diff.folder, folder, dtype)
         with ShardedWriter(folder, {name: (kind, array.shape) for name, array in change.items()}, max_shard_size) as file:
             for name, array in change.items():
                 tuned = raw_tensor(before, name, padded)
@@ -146,9 +145,3 @@ def compare(name: str, raw: np.ndarray, tuned: np.ndarray, diff: np.ndarray) -> 
                                 f"{after[worst] - change[worst]:.9g}, which is more than rounding")
         largest = max(largest, float(error.max(initial=0.0)))
     return largest
-
-
-def _write_configs(diff: Checkpoint, folder: Path, dtype: str) -> None:
-    config = {key: value for key, value in read_json(diff.folder / "config.json").items() if key != "dtype"}
-    write_json(folder / "config.json", config | {"torch_dtype": dtype})
-    copy_companions(diff.folder, folder)

@@ -161,7 +161,7 @@ def test_compatibility_is_what_inspect_finds(source, branches):
         assert all(remark in text for remark in found.remarks.values())
     assert four["ExLlama v2"] == "Yes"
     assert eight["ExLlama v2"] == "No"
-    assert "- ExLlama v1, ExLlama v2 (`gptq-8bit--1g-actorder_True`): 8 bits; it has 4; act-order without groups." in text
+    assert "- ExLlama v1, ExLlama v2 (`gptq-8bit--1g-actorder_True`): 8 bits; it has 4." in text
 
 
 def test_sizes_are_decimal():

@@ -103,11 +103,18 @@ def test_who_can_load_a_plain_folder(tmp_path: Path):
 @pytest.mark.parametrize(
     ("config", "noes"),
     [
-        (QuantizeConfig(8, -1, desc_act=True), {"ExLlama v1": "8 bits; it has 4; act-order without groups"}),
+        (QuantizeConfig(8, -1, desc_act=True), {"ExLlama v1": "8 bits; it has 4", "ExLlama v2": "8 bits; it has 4"}),
         (QuantizeConfig(3, 32), {"Marlin": "3 bits; it has 4 and 8", "TGI": "3 bits; it has 2 and 4 and 8"}),
-        (QuantizeConfig(4, 32, sym=False), {"Marlin": "asymmetric zero points"}),
-        (QuantizeConfig(4, 16), {"Marlin": "a group of 16; it has none, 32, 64 and 128"}),
-        (QuantizeConfig(4, 96), {"ExLlama v2": "a group of 96 does not divide the input features", "vLLM": "a group of 96"}),
+        (QuantizeConfig(4, 32, sym=False), {"Marlin": "asymmetric zero points",
+                                            "GPTQModel": "asymmetric and in format gptq, which it takes from itself alone"}),
+        (QuantizeConfig(4, 16), {"Marlin": "a group of 16; it has none, 32, 64 and 128",
+                                 "ExLlama v2": "a power of two from 32 on, this is 16"}),
+        (QuantizeConfig(4, 96), {"ExLlama v1": "a group of 96 does not divide the input features",
+                                 "ExLlama v2": "a power of two from 32 on, this is 96", "vLLM": "a group of 96 does",
+                                 "GPTQModel": "a group of 96; it has none, 16, 32, 64, 128, 256, 512 and 1024",
+                                 "transformers": "a group of 96; it has"}),
+        (QuantizeConfig(4, 4), {"ExLlama v1": "a group has to be a multiple of 8", "GPTQModel": "a group of 4; it has",
+                                "transformers": "a group of 4; it has"}),
         (QuantizeConfig(4, 32, checkpoint_format="gptq_v2"), {"AutoGPTQ": "it reads zero points as zero - 1",
                                                               "ExLlama v1": "it reads", "TGI": "it reads"}),
         # random groups differ in q, k and v
@@ -118,8 +125,109 @@ def test_each_no_has_its_reason(tmp_path: Path, config, noes):
     found = answers(quantized(tmp_path, config))
     for name, reason in noes.items():
         assert reason in found[name]
+    assert all(found[name] == "yes" for name in {"GPTQModel", "transformers", "AutoGPTQ"} - noes.keys())
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_without_groups_act_order_is_no_matter(tmp_path: Path, desc_act):
+    """An all-zero g_idx counts as none to both versions of ExLlama."""
+    found = answers(quantized(tmp_path, QuantizeConfig(4, -1, desc_act=desc_act)))
+    assert {found["ExLlama v1"], found["ExLlama v2"], found["vLLM"], found["TGI"], found["Marlin"]} == {"yes"}
+
+
+SMOLLM2_LIKE = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 3, "num_key_value_heads": 1}
+NARROW = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 2}  # k, v: 32
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "noes"),
+    [
+        (QuantizeConfig(4, 64), SMOLLM2_LIKE, {"Marlin": "multiples of 64, one of them of 128 (model.layers.0.self_attn.q_p",
+                                               "TGI": "multiples of 64, one of them of 128 (model.layers.0.self_attn.q_p",
+                                               "ExLlama v1": "with g_idx, output features have to be a multiple of 128"}),
+        (QuantizeConfig(2, 64), SMOLLM2_LIKE, {"Marlin": "2 bits"}),
+        (QuantizeConfig(4, 16, sym=False, checkpoint_format="gptq_v2"), SMOLLM2_LIKE, {"Marlin": "asymmetric"}),
+        (QuantizeConfig(4, 128), NARROW, {"TGI": "a group of 128 does not divide", "Marlin": "a group of 128 does not",
+                                          "ExLlama v1": "a group of 128 does not", "vLLM": "a group of 128 does not"}),
+    ],
+)  # fmt: skip
+def test_shapes_that_kernels_do_not_take(tmp_path: Path, config, shape, noes):
+    found = answers(quantized(tmp_path, config, **shape))
+    for name, reason in noes.items():
+        assert reason in found[name]
+    assert (found["TGI"] == "yes") == ("TGI" not in noes and config.checkpoint_format == "gptq")
+    assert found["GPTQModel"] == found["transformers"] == "yes"
+    if config.checkpoint_format == "gptq" and config.bits == 4:
+        assert found["ExLlama v2"] == "yes"
+
+
+def test_what_to_know_about_a_short_last_group(tmp_path: Path):
+    found = inspect_folder(quantized(tmp_path, QuantizeConfig(4, 64), **NARROW))
+    assert "its choice there wants whole groups" in found.remarks["transformers"]
+    assert "disable_exllamav2" in found.remarks["AutoGPTQ"]
+    assert found.remarks["transformers"] in as_text(found)
+
+
+def test_asymmetric_folders_of_gptqmodel_load_there(tmp_path: Path):
+    folder = quantized(tmp_path, QuantizeConfig(4, 32, sym=False))
+    raw = json.loads((folder / "quantize_config.json").read_text())
+    raw["meta"] = {"quantizer": ["gptqmodel:7.7.0"]}
+    (folder / "quantize_config.json").write_text(json.dumps(raw))
+    assert answers(folder)["GPTQModel"] == "yes"
+    assert "Marlin alone" in inspect_folder(folder).remarks["vLLM"]
+
+
+def test_transformers_passes_over_settings_of_single_linears(tmp_path: Path):
+    folder = quantized(tmp_path, QuantizeConfig(4, 32))
+    raw = json.loads((folder / "quantize_config.json").read_text()) | {"dynamic": {"-:.*down_proj": {}}}
+    (folder / "quantize_config.json").write_text(json.dumps(raw))
+    found = answers(folder)
+    assert "settings of single linears (dynamic)" in found["transformers"]
     assert found["GPTQModel"] == "yes"
-    assert found["transformers"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("name", "added", "answer"),
+    [
+        ("model.safetensors", {}, "config.json has no gptq_bits, and no file has 4bit in its name"),
+        ("model.safetensors", {"gptq_bits": 4, "gptq_groupsize": 32}, "yes"),
+        ("model.safetensors", {"gptq_bits": 4}, "config.json says 4 bits and group -1, it has 4 and 32"),
+        ("4bit-32g.safetensors", {}, "yes"),
+        ("llama-4bit-32g.safetensors", {}, "yes"),
+        ("4bit-128g.safetensors", {}, "the file's name says 4 bits and group 128, it has 4 and 32"),
+        ("4bit.safetensors", {}, "the file's name says 4 bits and group -1, it has 4 and 32"),
+        ("4bit-32g.safetensors", {"gptq_bits": 4, "gptq_groupsize": 32}, "it opens model.safetensors"),
+    ],
+)
+def test_where_koboldai_looks_for_bits_and_group(tmp_path: Path, name, added, answer):
+    folder = quantized(tmp_path, QuantizeConfig(4, 32))
+    (folder / "model.safetensors").rename(folder / name)
+    raw = json.loads((folder / "quantize_config.json").read_text()) | {"model_file_base_name": Path(name).stem}
+    (folder / "quantize_config.json").write_text(json.dumps(raw))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | added))
+    assert answer in answers(folder)["KoboldAI"]
+
+
+def test_scales_that_exllama_does_not_take(tmp_path: Path):
+    import ml_dtypes
+
+    folder = quantized(tmp_path, QuantizeConfig(4, 32))
+    tensors = {name: np.array(tensor) for name, tensor in TensorFile(folder / "model.safetensors").items()}
+    for dtype, second in ((np.float32, "yes"), (ml_dtypes.bfloat16, "scales have to be fp16 or fp32")):
+        changed = {name: t.astype(dtype) if name.endswith("scales") else t for name, t in tensors.items()}
+        save_safetensors(changed, folder / "model.safetensors")
+        found = answers(folder)
+        assert "scales have to be fp16 (" in found["ExLlama v1"]
+        assert second in found["ExLlama v2"]
+
+
+def test_vllm_wants_the_names_of_autogptq_0_4(tmp_path: Path):
+    folder = quantized(tmp_path, QuantizeConfig(4, 32))
+    raw = json.loads((folder / "quantize_config.json").read_text())
+    older = {"wbits": raw["bits"], "groupsize": raw["group_size"], "desc_act": False, "sym": True}
+    (folder / "quantize_config.json").write_text(json.dumps(older))
+    assert answers(folder)["vLLM"] == "the config does not say bits and group_size"
 
 
 def test_dense_folders(tmp_path: Path):

@@ -12,6 +12,7 @@ SHARD_HELP = "cut the weights into files of at most this many bytes of tensors (
 
 
 def register(command: Callable) -> None:
+    """Add ``convert`` and ``recover``; ``command(name, function, help)`` makes a subparser."""
     convert = command("convert", _convert, "GGUF, AWQ, any GPTQ file or a PyTorch pickle to GPTQ or to fp16")
     add = convert.add_argument
     add("src", metavar="SRC", help="a .gguf, .safetensors or pickle file, a folder, or a repository of the hub")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from tinygptq.config import SUPPORTED_BITS, LlamaConfig, QuantizeConfig, read_js
 from tinygptq.errors import TinyGPTQError
 
 
-def register(command) -> None:
+def register(command: Callable) -> None:
+    """Add ``inspect`` and ``size``; ``command(name, function, help)`` makes a subparser."""
     inspect = command("inspect", _inspect, "what a folder is, every problem found, and who can load it")
     add = inspect.add_argument
     add("model", metavar="MODEL", help="a folder, or a repository of the hub as OWNER/NAME or OWNER/NAME:BRANCH")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from tinygptq.branches import BRANCHES
@@ -19,7 +20,8 @@ CARD_OPTIONS = {  # option: what the card shows; the names of card.ModelFacts' f
 }
 
 
-def register(command) -> None:
+def register(command: Callable) -> None:
+    """Add ``branches`` and ``card``; ``command(name, function, help)`` makes a subparser."""
     branches = command("branches", _branches, "make the six published permutations, a folder for each, and the model card")
     add = branches.add_argument
     add("src", metavar="SRC", help="the model in fp16, bf16 or fp32: a folder or OWNER/NAME[:BRANCH]")

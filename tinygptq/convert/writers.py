@@ -5,21 +5,18 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tinygptq.checkpoint import linear_names
-from tinygptq.config import QuantizeConfig, read_json
+from tinygptq.config import QuantizeConfig
 from tinygptq.convert.source import Source, missing_biases
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import copy_companions, require_packable, to_half, write_json
+from tinygptq.export import require_packable, to_half, write_configs
 from tinygptq.packing import PackedLinear, pack, unpack
 from tinygptq.shards import ShardedWriter
 
 log = logging.getLogger(__name__)
-
-KOBOLD_KEYS = ("gptq_bits", "gptq_groupsize")  # of a config.json that KoboldAI's fork reads
 
 
 def write_gptq(source: Source, folder: Path, checkpoint_format: str, max_shard_size: int | None = None) -> QuantizeConfig:
@@ -43,7 +40,8 @@ def write_gptq(source: Source, folder: Path, checkpoint_format: str, max_shard_s
             layout[f"{name}.qzeros"] = (integer, (groups, out_features * bits // 32))
             layout[f"{name}.scales"] = (half, (groups, out_features))
             layout[f"{name}.g_idx"] = (integer, (in_features,))
-    write_configs(source.folder, folder, "float16", flags, quantization)
+    facts = quantization.to_dict(model_name=source.folder.resolve().name)
+    write_configs(source.folder, folder, "float16", facts, flags)
     worst, worst_name = 0.0, ""
     with ShardedWriter(folder, layout, max_shard_size) as file:
         for name, array in source.dense.items():
@@ -126,7 +124,7 @@ def write_dense(source: Source, folder: Path, dtype: str, max_shard_size: int | 
     for name, (in_features, out_features) in linear_names(source.config):
         if name in source.linears:
             layout[f"{name}.weight"] = (kind, (out_features, in_features))
-    write_configs(source.folder, folder, dtype, flags)
+    write_configs(source.folder, folder, dtype, changes=flags)
     with ShardedWriter(folder, layout, max_shard_size) as file:
         for name, array in source.dense.items():
             file.write(name, to_dtype(array, kind, name))
@@ -139,18 +137,3 @@ def write_dense(source: Source, folder: Path, dtype: str, max_shard_size: int | 
 def to_dtype(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """float32, or fp16 if every value fits."""
     return to_half(array, name) if dtype == np.float16 else array.astype(dtype)
-
-
-def write_configs(
-    source: Path, folder: Path, dtype: str, changes: dict[str, Any], quantization: QuantizeConfig | None = None
-) -> None:
-    """config.json with ``changes``, the quantisation's facts in both places (or in none), and the tokenizer's files."""
-    dropped = ("quantization_config", "dtype", *KOBOLD_KEYS)
-    raw = {key: value for key, value in read_json(source / "config.json").items() if key not in dropped}
-    raw |= {"torch_dtype": dtype, **changes}
-    if quantization is not None:
-        facts = quantization.to_dict(model_name=source.resolve().name)
-        write_json(folder / "quantize_config.json", facts)
-        raw["quantization_config"] = facts
-    write_json(folder / "config.json", raw)
-    copy_companions(source, folder)

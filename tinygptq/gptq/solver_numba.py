@@ -23,7 +23,7 @@ from tinygptq.threads import matmul
 
 B = 8  # columns in a block: what `_correct_by_block` holds in registers
 ROWS = 64  # rows in a chunk, of which a core's second-level cache holds some 2,000 columns
-LEAF = 48  # Hessians up to this size are factored directly
+LEAF = 72  # Hessians up to this size are factored directly
 
 
 def inverse_cholesky(H: np.ndarray) -> np.ndarray | None:
