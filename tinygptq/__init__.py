@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tinygptq.errors import TinyGPTQError
     from tinygptq.language_model import LanguageModel, load
     from tinygptq.quantization import quantize
+    from tinygptq.text_generation import pipeline
 
 __version__ = "0.1.0"
 
@@ -26,9 +27,10 @@ _HOMES = {
     "QuantizeConfig": "config",
     "TinyGPTQError": "errors",
     "load": "language_model",
+    "pipeline": "text_generation",
     "quantize": "quantization",
 }
-__all__ = ["LanguageModel", "LlamaConfig", "QuantizeConfig", "TinyGPTQError", "load", "quantize"]
+__all__ = ["LanguageModel", "LlamaConfig", "QuantizeConfig", "TinyGPTQError", "load", "pipeline", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

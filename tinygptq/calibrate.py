@@ -7,8 +7,11 @@ by seed without overlap. Text is never repeated to fill a window that there is n
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +22,14 @@ from tinygptq.errors import TinyGPTQError
 from tinygptq.templates import Message, get_template, render_chat, render_conversation
 from tinygptq.tokenizer import Tokenizer
 
+log = logging.getLogger("tinygptq")
+
 CHAT_TEMPLATE = "chat"  # in place of a template's name: the model folder's own chat template
 CHARS_PER_TOKEN = 6  # English has about four: how much of a long text to try first
 MARGIN = 256
 STREAM_FACTOR = 4  # tokens gathered from a set of documents for each token wanted
 ALTERNATIVE = "a local file needs no network: --dataset FILE.txt or FILE.jsonl"
+HEADING = re.compile(r" =( =)* .* =( =)* \n")  # of WikiText
 NOT_TEXT = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst")
 
 
@@ -108,20 +114,59 @@ def calibration_windows(dataset: str | Path, tokenizer: Tokenizer, nsamples: int
     return draw_windows(ids, nsamples, seqlen, rng)
 
 
-def evaluation_text(dataset: str | Path, tokenizer: Tokenizer) -> str:
-    """One text to measure perplexity on: a file as it is, or the test split of a running-text set (wikitext2, ptb).
+@dataclass(frozen=True)
+class Published:
+    """How papers on quantisation make one text of a named set to measure perplexity on (the GPTQ authors' own code)."""
 
-    A set's rows are joined by blank lines, which is the published protocol. Raises TinyGPTQError as above.
+    about: str
+    split: str
+    between: str  # rows are joined by it
+    rows: int | None = None  # the first so many
+    windows: int | None = None  # of 2,048 tokens; None: all that fit
+
+
+PUBLISHED = {
+    "wikitext2": Published("WikiText-2's raw test split, rows joined by blank lines", "test", "\n\n"),
+    "ptb": Published("Penn Treebank's test split, sentences joined by spaces", "test", " "),
+    "c4": Published("the first 1,100 documents of C4's validation split, joined by spaces; 256 windows", "validation", " ",
+                    rows=1100, windows=256),
+}
+
+
+def evaluation_text(dataset: str | Path, tokenizer: Tokenizer, protocol: str | None = None) -> str:
+    """One text to measure perplexity on: a file as it is, or a named set of PUBLISHED in its published form.
+
+    protocol: "wikitext2" reads a file as that set's raw split, lines for rows, and makes the published text of it.
+
+    Raises TinyGPTQError as above.
     """
     spec = parse_dataset(dataset)
     if spec.path:
-        return _file_text(spec.path, _Writer(tokenizer, "none"))
-    entry = NAMED_SETS[spec.name]
-    if not entry.in_order:
+        text = _file_text(spec.path, _Writer(tokenizer, "none"))
+        return wikitext_rows_joined(text) if protocol == "wikitext2" else text
+    if spec.name not in PUBLISHED:
         raise TinyGPTQError(f"dataset {spec.name} is a set of documents, not one text; {ALTERNATIVE}")
+    published = PUBLISHED[spec.name]
     if ":" not in str(dataset):
-        spec = DatasetSpec(name=spec.name, split="test")
-    return "\n\n".join(_load(spec)[entry.column])
+        spec = DatasetSpec(name=spec.name, split=published.split)
+    column = NAMED_SETS[spec.name].column
+    try:
+        return published.between.join(row[column] for row in itertools.islice(_load(spec), published.rows))
+    except KeyError as error:
+        raise _schema_changed(spec, error) from None
+
+
+def wikitext_rows_joined(text: str) -> str:
+    """The published WikiText-2 text of a raw split: its lines, those of white space alone empty, joined by blank lines.
+
+    Copies of the file without its empty lines are about. They stand before and after each heading, where they are put back;
+    those between paragraphs are lost (59 of the test split's 1,467).
+    """
+    lines = [line if line.strip() else "" for line in io.StringIO(text.replace("\r\n", "\n"), newline="\n")]
+    if "" in lines:
+        return "\n\n".join(lines)
+    log.warning("the text has no empty lines; WikiText-2's are put back before and after each heading")
+    return "\n\n".join(row for line in lines for row in (["", line, ""] if HEADING.fullmatch(line) else [line]))
 
 
 def draw_windows(ids: np.ndarray, nsamples: int, seqlen: int, rng: np.random.Generator) -> np.ndarray:
@@ -290,8 +335,11 @@ def _set_tokens(spec: DatasetSpec, tokenizer: Tokenizer, writer: _Writer, needed
                  for i in rng.permutation(len(documents)))
         return _document_tokens(texts, tokenizer, STREAM_FACTOR * needed)
     except KeyError as error:
-        raise TinyGPTQError(f"dataset {spec}: the field {error} is missing, so its schema has changed; "
-                            f"{ALTERNATIVE}") from None
+        raise _schema_changed(spec, error) from None
+
+
+def _schema_changed(spec: DatasetSpec, error: KeyError) -> TinyGPTQError:
+    return TinyGPTQError(f"dataset {spec}: the field {error} is missing, so its schema has changed; {ALTERNATIVE}")
 
 
 def _document(document: dict | list[Message], entry: NamedSet, writer: _Writer, where: str) -> str:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from tinygptq import __version__
-from tinygptq.commands import convert, inspect, publish
-from tinygptq.config import SUPPORTED_BITS, QuantizeConfig
+from tinygptq.commands import chat, compare, convert, evaluate, inspect, perplexity, publish, validate
+from tinygptq.config import RECIPES, SUPPORTED_BITS, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.templates import TEMPLATES, render
 
 MODEL = "a folder, or a repository of the hub as OWNER/NAME or OWNER/NAME:BRANCH"
-FAMILIES: tuple = (publish, convert, inspect)  # modules of tinygptq.commands
+FAMILIES: tuple = (chat, perplexity, evaluate, compare, validate, publish, convert, inspect)  # modules of tinygptq.commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,18 +105,6 @@ def _generate(args: argparse.Namespace) -> None:
     print()
 
 
-def _perplexity(args: argparse.Namespace) -> None:
-    from tinygptq.calibrate import evaluation_text
-    from tinygptq.language_model import load
-
-    model = load(args.model, device=args.device, context=2, revision=args.revision)
-    result = model.perplexity(evaluation_text(args.dataset, model.tokenizer), args.seqlen, args.max_windows)
-    if args.json:
-        print(json.dumps(asdict(result)))
-    else:
-        print(f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens ({result.windows} x {result.seqlen})")
-
-
 # --------------------------------------------------------------------------------------------------------- parser
 
 
@@ -144,15 +132,6 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_quantize(command("quantize", _quantize, "quantise a Hugging Face folder by GPTQ into a new folder"))
     _add_generate(command("generate", _generate, "continue a prompt, streaming to the terminal"))
-
-    perplexity = command("perplexity", _perplexity, "perplexity over non-overlapping windows of a text")
-    perplexity.add_argument("model", metavar="MODEL", help=MODEL)
-    _add_revision(perplexity)
-    perplexity.add_argument("--dataset", required=True, metavar="FILE|wikitext2", help="the text")
-    perplexity.add_argument("--seqlen", type=int, default=2048, help="tokens in a window (default: %(default)s)")
-    perplexity.add_argument("--max-windows", type=int, metavar="N", help="stop after N windows")
-    perplexity.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_device(perplexity)
     for family in FAMILIES:
         family.register(command)
     return parser
@@ -186,6 +165,8 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="which windows of a named set (default: %(default)s)")
     add("--template", default="tulu", choices=sorted(TEMPLATES), help="prompt template of instruction sets (tulu)")
     add("--method", default="gptq", choices=("gptq", "rtn"), help="rtn rounds to nearest, without calibration")
+    add("--recipe", default="fast", choices=tuple(RECIPES), help="plain is the paper's algorithm; fast also searches each "
+        "group's scale and quantises the most important columns first (default: %(default)s)")
     add("--checkpoint-format", default="gptq", choices=("gptq", "gptq_v2"), help="how zero points are stored (gptq)")
     add("--resume", action="store_true", help="continue an earlier run that was cut off, at the block it had reached; "
         "also keep what this one has done if an error or Ctrl-C stops it (one that is killed can be continued in any case)")
@@ -203,6 +184,7 @@ def _quantize_config(args: argparse.Namespace) -> QuantizeConfig:
         static_groups=args.static_groups,
         true_sequential=not args.no_true_sequential,
         checkpoint_format=args.checkpoint_format,
+        recipe=RECIPES[args.recipe],
     )
 
 

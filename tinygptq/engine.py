@@ -33,6 +33,10 @@ class CpuEngine:
         """Forget the sequence."""
         self.cache.truncate(0)
 
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from position ``length`` on."""
+        self.cache.truncate(length)
+
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """Append tokens int [T], T >= 1; return the logits after the last one, float32 [vocab]."""
         ids = np.asarray(ids)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tinygptq.config import LlamaConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.sampling import Sampler
 
@@ -19,11 +20,68 @@ class Engine(Protocol):
     def reset(self) -> None:
         """Forget the sequence."""
 
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from position ``length`` on."""
+
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """Append tokens int [T]; the logits after the last one, float32 [vocab]."""
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; the logits after it, float32 [vocab], valid until the next call."""
+
+
+class PrefixEngine:
+    """An engine that remembers its tokens: a new sequence is computed from where it first differs from the last one.
+
+    So a conversation's next turn, or the next question after the same examples, costs its own tokens only. Whoever uses the
+    engine beside it must call :meth:`forget` afterwards.
+    """
+
+    def __init__(self, engine: Engine, config: LlamaConfig) -> None:
+        self._engine, self.capacity = engine, engine.capacity
+        # "dynamic" scaling turns every position by an angle that depends on the length: earlier keys cannot be kept
+        self._keeps = config.rope_scaling is None or config.rope_scaling.kind != "dynamic"
+        self._held: list[int] = []  # the tokens in the engine
+        self._position = 0
+        engine.reset()
+
+    def forget(self) -> None:
+        """Begin anew, sharing nothing."""
+        self._held, self._position = [], 0
+        self._engine.reset()
+
+    def reset(self) -> None:
+        """Begin a new sequence; what it shares with the last one is found when its tokens come."""
+        self._position = 0
+
+    def truncate(self, length: int) -> None:
+        self._position = length
+
+    def common(self, ids: Sequence[int], position: int = 0) -> int:
+        """How many of ``ids`` at ``position`` need not be computed; never all, for the last one's logits are wanted."""
+        known = self._held[position : position + len(ids) - 1] if self._keeps else []
+        return next((i for i, (old, new) in enumerate(zip(known, ids, strict=False)) if old != new), len(known))
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        ids = [int(token) for token in ids]
+        kept = self.common(ids, self._position)
+        self._cut(self._position + kept)
+        logits = self._engine.prefill(np.asarray(ids[kept:]))
+        self._held += ids[kept:]
+        self._position += len(ids)
+        return logits
+
+    def decode(self, token: int) -> np.ndarray:
+        self._cut(self._position)
+        logits = self._engine.decode(token)
+        self._held.append(int(token))
+        self._position += 1
+        return logits
+
+    def _cut(self, length: int) -> None:
+        """Also after an interruption between the engine's last step and our note of it."""
+        self._engine.truncate(length)
+        del self._held[length:]
 
 
 def generate_ids(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,9 +12,10 @@ from tinygptq import evaluate
 from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import GenerationConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.generate import StopStrings, generate_ids
+from tinygptq.generate import PrefixEngine, StopStrings, generate_ids
 from tinygptq.hub import resolve
 from tinygptq.sampling import Sampler, SamplingParams
+from tinygptq.scoring import LogLikelihood, Scorer, encode_pair
 from tinygptq.tokenizer import Tokenizer
 
 
@@ -35,6 +36,11 @@ class LanguageModel:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.checkpoint.folder)
+
+    @cached_property
+    def sequence(self) -> PrefixEngine:
+        """The engine as a conversation uses it: what a new sequence shares with the last one is not computed again."""
+        return PrefixEngine(self.engine, self.config)
 
     def forward(self, ids: np.ndarray) -> np.ndarray:
         """Logits of every position: int [B, T] -> float32 [B, T, vocab]."""
@@ -67,18 +73,43 @@ class LanguageModel:
         params = SamplingParams(**settings, min_new_tokens=min_new_tokens)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         sampler = Sampler(params, self.config.vocab_size, self.defaults.eos_token_ids, seed)
-        tokens = generate_ids(self.engine, ids, sampler, max_new_tokens, self.defaults.eos_token_ids)
+        tokens = self._tokens(ids, sampler, max_new_tokens)
         stops = StopStrings((stop,) if isinstance(stop, str) else stop)
         return _text(tokens, self.tokenizer, stops, min(max_new_tokens, self.engine.capacity - len(ids)))
+
+    def _tokens(self, ids: list[int], sampler: Sampler, max_new_tokens: int) -> Iterator[int]:
+        self.sequence.forget()  # so that the same seed gives the same text whatever came before, to the last bit
+        yield from generate_ids(self.sequence, ids, sampler, max_new_tokens, self.defaults.eos_token_ids)
 
     def generate(self, prompt: str | Sequence[int], **settings) -> str:
         """The whole continuation of ``prompt``; settings as for :meth:`stream`."""
         return "".join(self.stream(prompt, **settings))
 
-    def perplexity(self, text: str, seqlen: int = 2048, max_windows: int | None = None) -> evaluate.Perplexity:
-        """Perplexity of a text in non-overlapping windows; see :func:`tinygptq.evaluate.perplexity`."""
+    @cached_property
+    def scorer(self) -> Scorer:
+        """Scores continuations; keeps the tokens it scored last, so that what begins alike need not be computed again."""
+        return Scorer(self.engine.model)
+
+    def loglikelihood(self, context: str, continuation: str) -> LogLikelihood:
+        """``(logprob, is_greedy)`` of a continuation: its tokens' summed log-probability, and whether each is the likeliest.
+
+        An empty context stands for the beginning of a text. For many at once see :meth:`loglikelihoods`.
+
+        Raises:
+            TinyGPTQError: a continuation without a token of its own, or more tokens than the model's context holds.
+        """
+        return self.loglikelihoods([(context, continuation)])[0]
+
+    def loglikelihoods(self, pairs: Iterable[tuple[str, str]]) -> list[LogLikelihood]:
+        """:meth:`loglikelihood` of many ``(context, continuation)`` pairs, batched, what they share computed once."""
+        return self.scorer.score([encode_pair(self.tokenizer, context, continuation) for context, continuation in pairs])
+
+    def perplexity(
+        self, text: str, seqlen: int = 2048, max_windows: int | None = None, stride: int | None = None
+    ) -> evaluate.Perplexity:
+        """Perplexity of a text in windows, without overlap or strided; see :func:`tinygptq.evaluate.perplexity`."""
         ids = np.asarray(self.tokenizer.encode(text), np.int64)
-        return evaluate.perplexity(self.engine.model, ids, seqlen, max_windows)
+        return evaluate.perplexity(self.engine.model, ids, seqlen, max_windows, stride)
 
 
 def _text(tokens: Iterator[int], tokenizer: Tokenizer, stops: StopStrings, most: int) -> Iterator[str]:

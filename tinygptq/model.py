@@ -57,14 +57,16 @@ class Llama:
         Returns:
             float32 [B, T, vocab], or [B, 1, vocab] with ``last_only``.
         """
-        h = self.hidden(ids, cache)  # (B, T, C)
-        return self.logits(h[:, -1:] if last_only else h)
+        return self.logits(self.hidden(ids, cache, last_only))
 
-    def hidden(self, ids: np.ndarray, cache: KVCache | None = None) -> np.ndarray:
-        """The residual stream after the last block, float32 [B, T, C]; :meth:`logits` turns any part of it into logits."""
-        h = self.embed(ids)
+    def hidden(self, ids: np.ndarray, cache: KVCache | None = None, last_only: bool = False) -> np.ndarray:
+        """The residual stream after the last block, float32 [B, T, C]; :meth:`logits` turns any part of it into logits.
+
+        With ``last_only`` it is that of the last position, [B, 1, C].
+        """
+        h, last = self.embed(ids), self.config.num_hidden_layers - 1
         for layer in range(self.config.num_hidden_layers):
-            h = self.block(layer, h, cache)
+            h = self.block(layer, h, cache, last_only and layer == last)
         if cache is not None:
             cache.advance(ids.shape[1])
         return h
@@ -79,9 +81,15 @@ class Llama:
             raise TinyGPTQError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
         return self.weights.embedding[ids].astype(np.float32)
 
-    def block(self, layer: int, h: np.ndarray, cache: KVCache | None = None) -> np.ndarray:
-        """One transformer block, float32 [B, T, C] -> [B, T, C]: attention and MLP, each added to the residual stream."""
-        h = h + self.linear(layer, "self_attn.o_proj", self.attention_mix(layer, self.attention_input(layer, h), cache))
+    def block(self, layer: int, h: np.ndarray, cache: KVCache | None = None, last_only: bool = False) -> np.ndarray:
+        """One transformer block, float32 [B, T, C] -> [B, T, C]: attention and MLP, each added to the residual stream.
+
+        With ``last_only`` the result is the last position's, [B, 1, C]; of the others just keys and values are needed then.
+        """
+        mixed = self.attention_mix(layer, self.attention_input(layer, h), cache)
+        if last_only:
+            h, mixed = h[:, -1:], mixed[:, -1:]
+        h = h + self.linear(layer, "self_attn.o_proj", mixed)
         h = h + self.linear(layer, "mlp.down_proj", self.mlp_mix(layer, self.mlp_input(layer, h)))
         return h
 

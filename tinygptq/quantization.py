@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from tinygptq import memory
 from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
@@ -108,6 +109,7 @@ def quantize(
     return QuantizeReport(Path(out), progress.seconds, reports)
 
 
+@memory.kept()
 def _solve_and_write(
     progress: Progress, source: Checkpoint, ids: np.ndarray | None, config: QuantizeConfig, facts: dict[str, Any]
 ) -> list[LinearReport]:
@@ -135,6 +137,7 @@ def _calibration(source: Checkpoint, dataset: str, *settings) -> tuple[np.ndarra
     return ids, calibration_facts(dataset, *settings)
 
 
+@memory.kept()
 def quantize_weights(source: Checkpoint, ids: np.ndarray | None, config: QuantizeConfig) -> Weights:
     """The same in memory: weights whose linears are packed. ``ids`` int [samples, T], or None to round to nearest."""
     require_packable(source.config, config)

@@ -19,7 +19,8 @@ from threadpoolctl import ThreadpoolController
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the OpenMP library is loaded, at Numba's first launch
 
-SLICES = 4  # of the rows, for each thread: whoever is done first takes the next, so that none waits long for another
+SLICES = 4  # of the rows, for each thread: whoever is done first takes the next, so that none waits long for another ...
+SLICE_ROWS = 512  # ... but no smaller ones: BLAS rearranges the whole right-hand matrix anew for each slice
 WORTH_SHARING = 1 << 22  # multiplications below which one thread is done before a second has started
 
 
@@ -38,7 +39,8 @@ def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     def product(rows: slice) -> None:
         np.matmul(a[..., rows, :], b, out=out[..., rows, :])
 
-    share(a.shape[-2], a.size * b.shape[-1], product, slices=SLICES)
+    slices = min(SLICES, a.shape[-2] // (SLICE_ROWS * count()))
+    share(a.shape[-2], a.size * b.shape[-1], product, slices=max(1, slices))
     return out
 
 

@@ -99,6 +99,9 @@ MISTAKES = {
     "not UTF-8": (changed(PERPLEXITY, at3="latin1.txt"), "latin1.txt: not UTF-8 text (byte 3)"),
     "windows of one token": (changed(PERPLEXITY, "--seqlen", "1"), "--seqlen is 1"),
     "no windows": (changed(PERPLEXITY, "--max-windows", "0"), "--max-windows is 0"),
+    "a stride beyond the window": (changed(PERPLEXITY, "--stride", "65"), "--stride is 65, expected 1 to --seqlen"),
+    "a protocol for a named set": (changed(PERPLEXITY, "--protocol", "wikitext2", at3="ptb"), "--protocol says how to read"),
+    "instructions are no text": (changed(PERPLEXITY, at3="oasst1"), "oasst1 is a set of documents"),
     "perplexity of no folder": (changed(PERPLEXITY, at1="nowhere"), "no such folder"),
     "output exists": (changed(QUANTIZE, at2="taken"), "already exists and is not an empty folder"),
     "output is a file": (changed(QUANTIZE, at2="text.txt"), "already exists and is not an empty folder"),
@@ -183,7 +186,7 @@ def test_quantize_json(tinygptq, tmp_path, method):
 def test_every_option_of_quantize_arrives(tinygptq, tmp_path):
     out = tmp_path / "out"
     words = changed(QUANTIZE, "--bits", "3", "--group-size", "-1", "--desc-act", "--static-groups", "--damp-percent", "0.05",
-                    "--no-true-sequential", "--checkpoint-format", "gptq_v2")  # fmt: skip
+                    "--no-true-sequential", "--checkpoint-format", "gptq_v2", "--recipe", "plain")  # fmt: skip
     code, text, _ = tinygptq(*(word.replace("{new}", str(out)) for word in words))
     assert code == 0
     size = (out / "model.safetensors").stat().st_size
@@ -194,6 +197,7 @@ def test_every_option_of_quantize_arrives(tinygptq, tmp_path):
         "bits": 3, "group_size": -1, "desc_act": True, "sym": True, "static_groups": True, "damp_percent": 0.05,
         "true_sequential": False, "checkpoint_format": "gptq_v2",
     }  # fmt: skip
+    assert written["meta"]["recipe"] == {"clip": False, "act_order": False}
     code, _, err = tinygptq("quantize", out, tmp_path / "again", "--dataset", "text.txt")
     assert code == 2
     assert "is quantised already (3 bits)" in err
@@ -203,13 +207,18 @@ def test_perplexity_json(tinygptq):
     code, text, _ = tinygptq(*PERPLEXITY, "--json")
     assert code == 0
     result = one_object(text)
-    assert result.keys() == {"perplexity", "tokens", "windows", "seqlen"}
+    assert result.keys() == {"perplexity", "tokens", "windows", "seqlen", "stride", "protocol"}
     assert (result["tokens"], result["windows"], result["seqlen"]) == (28 * 63, 28, 64)
+    assert (result["stride"], result["protocol"]) == (64, None)
     assert 1 < result["perplexity"] < 1e6
     code, text, _ = tinygptq(*PERPLEXITY, "--max-windows", "2")
     assert code == 0
     assert text.startswith("perplexity ")
     assert "over 126 tokens (2 x 64)" in text
+    code, text, _ = tinygptq(*PERPLEXITY, "--stride", "16", "--protocol", "wikitext2", "--json")
+    strided = one_object(text)
+    assert (strided["stride"], strided["protocol"], strided["tokens"]) == (16, "wikitext2", 1799)
+    assert "raw test split" in tinygptq(*PERPLEXITY, "--stride", "16", "--protocol", "wikitext2")[1]
 
 
 def test_generate_prints_the_continuation_and_a_newline(tinygptq):

@@ -10,7 +10,15 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from tinygptq.calibrate import NAMED_SETS, calibration_windows, conversations, draw_windows, parse_dataset
+from tinygptq.calibrate import (
+    NAMED_SETS,
+    calibration_windows,
+    conversations,
+    draw_windows,
+    evaluation_text,
+    parse_dataset,
+    wikitext_rows_joined,
+)
 from tinygptq.errors import TinyGPTQError
 from tinygptq.tokenizer import Tokenizer
 
@@ -312,3 +320,51 @@ def test_an_unknown_template_does_not_wait_for_a_download(hub):
     with pytest.raises(TinyGPTQError, match="unknown prompt template"):
         calibration_windows("oasst1", Bytes(), 1, 2, template="nope")
     assert not hub.calls
+
+
+# ------------------------------------------------------------------------------------------------ texts to evaluate on
+
+
+def test_a_file_is_evaluated_as_it_is(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b" one\r\n\ttwo \n")
+    assert evaluation_text(tmp_path / "a.txt", Bytes()) == " one\r\n\ttwo \n"
+
+
+def test_the_published_texts_of_named_sets(hub):
+    hub.tables["Salesforce/wikitext"] = [{"text": ""}, {"text": " = A = \n"}, {"text": ""}, {"text": " b \n"}]
+    assert evaluation_text("wikitext2", Bytes()) == "\n\n = A = \n\n\n\n\n b \n"
+    hub.tables["ptb-text-only/ptb_text_only"] = [{"sentence": "a b"}, {"sentence": "c"}]
+    assert evaluation_text("ptb", Bytes()) == "a b c"
+    hub.tables["allenai/c4"] = [{"text": str(i)} for i in range(1200)]
+    assert evaluation_text("c4", Bytes()) == " ".join(map(str, range(1100)))
+    splits = {call[0]: call[-1]["split"] for call in hub.calls}
+    assert splits == {"Salesforce/wikitext": "test", "ptb-text-only/ptb_text_only": "test", "allenai/c4": "validation"}
+    evaluation_text("wikitext2:validation", Bytes())
+    assert hub.calls[-1][-1]["split"] == "validation"
+
+
+def test_a_set_of_conversations_is_no_text_to_evaluate_on(hub):
+    with pytest.raises(TinyGPTQError, match="oasst1 is a set of documents, not one text"):
+        evaluation_text("oasst1", Bytes())
+    hub.tables["allenai/c4"] = [{"page": "x"}]
+    with pytest.raises(TinyGPTQError, match="the field 'text' is missing"):
+        evaluation_text("c4", Bytes())
+
+
+def test_the_published_wikitext_of_a_raw_file_is_the_joined_one(data_dir):
+    """The same text as the papers' code makes of the split, of which the data hold the token version both ways."""
+    folder = data_dir / "wikitext-2"
+    expected = (folder / "test.joined.txt").read_bytes().decode()
+    rows = (folder / "test.txt").read_bytes().decode()
+    assert wikitext_rows_joined(rows) == expected
+    assert wikitext_rows_joined(rows.replace("\n", "\r\n")) == expected
+    assert evaluation_text(folder / "test.txt", Bytes(), protocol="wikitext2") == expected
+
+
+def test_lost_empty_lines_are_put_back_around_headings(data_dir):
+    rows = (data_dir / "wikitext-2" / "test.txt").read_bytes().decode()
+    without = "".join(line for line in rows.splitlines(keepends=True) if line.strip())
+    found, expected = wikitext_rows_joined(without), wikitext_rows_joined(rows)
+    assert found.replace("\n", "") == expected.replace("\n", "")
+    lost = (len(expected) - len(found)) / len("\n\n")
+    assert lost == 59 - 4  # those between paragraphs; two lines of formulas look like headings and get four

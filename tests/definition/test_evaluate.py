@@ -71,6 +71,36 @@ def test_it_is_the_exponential_of_the_mean_over_all_predicted_tokens(seed, scale
     assert math.isclose(perplexity(TableModel(table), text, seqlen).perplexity, math.exp(np.mean(nats)), rel_tol=1e-4)
 
 
+class Reach:
+    """A model whose nats for a token are how many tokens it was shown before it: what a stride is about."""
+
+    def hidden(self, ids: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(np.arange(1.0, ids.shape[1] + 1, dtype=np.float32)[:, None], (*ids.shape, 1))  # (B, T, 1)
+
+    def logits(self, h: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.zeros_like(h), -h], axis=-1)  # token 1 costs log(1 + e^n), nearly n
+
+
+@settings(deadline=None)
+@given(count=st.integers(2, 60), seqlen=st.integers(2, 40), data=st.data())
+def test_with_a_stride_every_token_is_predicted_once_with_as_much_before_it_as_the_windows_give(count, seqlen, data):
+    stride = data.draw(st.integers(1, seqlen))
+    expected, window = [], 0
+    for token in range(1, count):  # each token, in the first window that reaches it
+        while window + seqlen <= token:
+            window += stride
+        if token > window:
+            expected.append(token - window)
+    total = sum(np.log1p(np.exp(np.array(expected, np.float64))))
+    result = perplexity(Reach(), np.ones(count, np.int64), seqlen, stride=stride)
+    assert result.tokens == len(expected)
+    assert math.isclose(result.perplexity, math.exp(total / len(expected)), rel_tol=1e-5)
+    assert (result.seqlen, result.stride) == (min(seqlen, count), stride)
+    if stride < seqlen:
+        assert result.tokens == count - 1
+        assert min(expected[seqlen:], default=seqlen) >= seqlen - stride
+
+
 @pytest.mark.parametrize("rows", [1, 3, 7, 100])
 def test_the_number_of_rows_formed_together_does_not_matter(monkeypatch, rows):
     model, text = TableModel(np.random.default_rng(0).normal(size=(VOCAB, VOCAB))), ids(20)
@@ -105,6 +135,8 @@ def test_a_broken_model_has_no_perplexity(value):
         (1, {}, "the text holds 1 token(s); perplexity needs at least 2"),
         (0, {}, "the text holds 0 token(s)"),
         (10, {"max_windows": 0}, "--max-windows is 0, expected at least 1"),
+        (10, {"seqlen": 4, "stride": 0}, "--stride is 0, expected 1 to --seqlen, which is 4"),
+        (10, {"seqlen": 4, "stride": 5}, "--stride is 5"),
         (10, {"max_windows": -1}, "--max-windows is -1, expected at least 1"),
     ],
 )

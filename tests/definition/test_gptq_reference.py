@@ -26,7 +26,8 @@ def test_losses_of_q_k_v_are_those_of_the_original(smollm2: Path, data_dir: Path
     for window in ids:
         hessian.add(rms_norm(tensors["model.embed_tokens.weight"][window].astype(np.float32), norm, 1e-5))
     for row in reference["configs"]:
-        config = QuantizeConfig(**{key: row[key] for key in ("bits", "group_size", "sym", "desc_act")}, recipe=RECIPES["plain"])
+        choices = {key: row[key] for key in ("bits", "group_size", "sym", "desc_act")}
+        config = QuantizeConfig(**choices, recipe=RECIPES["plain"])
         factor = prepare(hessian.H, config)
         for name in ("0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj"):
             W = tensors[f"model.layers.{name}.weight"].astype(np.float32)

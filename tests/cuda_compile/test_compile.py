@@ -1,0 +1,90 @@
+"""Every kernel compiles to PTX without a GPU for the cards it serves, and holds the instructions it is built on.
+
+Numba's compiler needs seconds for the larger kernels, so the variants share the capabilities among them; the tests on a GPU
+run the rest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import pytest
+
+if importlib.util.find_spec("numba_cuda") is None:
+    pytest.skip("numba-cuda is not installed (extra [cuda])", allow_module_level=True)
+
+from numba.cuda import types
+
+from tinygptq.kernels.cuda import dequantise, matmul, matvec, plain
+from tinygptq.kernels.cuda.runtime import cuda
+
+WORDS, HALVES, FLOATS, COUNTS = (types.Array(t, 1, "C") for t in (types.uint32, types.float16, types.float32, types.int32))
+ROWS = types.Array(types.float16, 2, "C")
+MATMULS = (  # capability, bits, group size, zero point or None, row tiles
+    ((8, 0), 4, 128, 8, 4),
+    ((8, 6), 3, 64, None, 4),
+    ((8, 9), 8, 128, 128, 4),
+    ((9, 0), 2, 32, 2, 4),
+)
+
+
+def to_ptx(kernel, arguments: tuple, capability: tuple[int, int]) -> str:
+    text, _ = cuda.compile(
+        kernel.py_func, types.void(*arguments), cc=capability, output="ptx", device=False, abi="numba"
+    )  # fmt: skip
+    assert f".target sm_{capability[0]}{capability[1]}" in text
+    assert ".entry" in text
+    return text
+
+
+def count(ptx: str, instruction: str) -> int:
+    return len(re.findall(rf"\b{re.escape(instruction)}", ptx))
+
+
+@pytest.mark.parametrize("bits,group_size,zero", [(4, 128, 8), (3, 96, None), (8, 4096, 128), (2, 20, None)])
+def test_plain(bits, group_size, zero):
+    codes, scales = types.Array(types.uint32, 5, "C"), types.Array(types.float16, 3, "C")
+    zeros = scales if zero is not None else types.Array(types.uint16 if bits == 8 else types.uint8, 3, "C")
+    ptx = to_ptx(plain.plain_kernel(bits, group_size, zero), (ROWS, codes, scales, zeros, ROWS), (7, 5))
+    assert count(ptx, "fma.rn.f32")
+    for instruction in ("mma.sync", "cp.async", "ld.global.nc"):  # nothing that a reader would have to look up
+        assert not count(ptx, instruction)
+
+
+def test_the_kernels_beside_the_plain_one():
+    assert count(to_ptx(plain.gather_columns, (ROWS, COUNTS, ROWS), (7, 5)), "st.global")
+    assert count(to_ptx(plain.add_bias, (ROWS, FLOATS), (7, 5)), "add.f32")
+
+
+@pytest.mark.parametrize("bits,group_size,zero", [(4, 128, 8), (3, 32, None), (8, 128, None), (2, 64, 2)])
+def test_dequantise(bits, group_size, zero):
+    arguments = (WORDS, WORDS, WORDS, types.int64, types.int64, ROWS)
+    capability = {4: (8, 0), 3: (7, 5), 8: (8, 9), 2: (9, 0)}[bits]
+    ptx = to_ptx(dequantise.dequantise_kernel(bits, group_size, zero), arguments, capability)
+    assert count(ptx, "ld.global.nc.L1::no_allocate.v4.u32") == bits  # a chunk's words, 16 bytes a lane
+    assert count(ptx, "st.global.v4.u32") == 16  # 4 units of 4 columns
+    assert count(ptx, "mul.rn.f16x2") == 64
+
+
+@pytest.mark.parametrize("capability,bits,group_size,zero,row_tiles", MATMULS)
+def test_matmul(capability, bits, group_size, zero, row_tiles):
+    kernel = matmul.matmul_kernel(bits, group_size, zero, row_tiles)
+    arguments = (ROWS, WORDS, WORDS, WORDS, types.int64, types.int64, ROWS, FLOATS, COUNTS)
+    ptx = to_ptx(kernel, arguments, capability)
+    assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == 4 * 4 * row_tiles  # units, steps and tiles
+    assert count(ptx, "cp.async.cg.shared.global") >= 2
+    assert count(ptx, "ld.global.nc.L1::no_allocate.v4.u32") == 2 * bits  # the first chunk's words, and the next one's
+    assert not count(ptx, "st.local")  # the sums stay in registers
+
+
+@pytest.mark.parametrize(
+    "capability,bits,group_size,zero,row_tiles,warps",
+    [((8, 0), 8, 128, 128, 1, 8), ((8, 6), 3, 32, None, 1, 16), ((8, 9), 2, 128, 2, 2, 4), ((9, 0), 4, 128, 8, 1, 16)],
+)
+def test_matvec(capability, bits, group_size, zero, row_tiles, warps):
+    kernel = matvec.matvec_kernel(bits, group_size, zero, row_tiles, warps, ragged=bits == 3)
+    ptx = to_ptx(kernel, (ROWS, WORDS, WORDS, WORDS, types.int64, ROWS), capability)
+    assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == 16 * row_tiles  # 4 units, 2 tiles, 2 steps
+    assert count(ptx, "ld.global.nc.L1::no_allocate.v4.u32") == 2 * bits  # the first chunk's words, and the next one's
+    assert not count(ptx, "st.local")

@@ -1,0 +1,97 @@
+"""What a user reads when something that the CUDA kernels need is missing, and the choice of kernel; no GPU is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tinygptq.errors import TinyGPTQError
+
+HIDE = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "numba_cuda" else find(name, package)
+from tinygptq.errors import TinyGPTQError
+try:
+    import tinygptq.kernels.cuda.runtime
+except TinyGPTQError as error:
+    print(error)
+"""
+
+
+def test_without_numba_cuda():
+    done = subprocess.run([sys.executable, "-c", HIDE], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stdout.startswith("the CUDA kernels need the package numba-cuda, which is not installed")
+    assert "pip install 'tinygptq[cuda]'" in done.stdout
+
+
+def test_without_cupy(monkeypatch):
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
+    from tinygptq.kernels.cuda import runtime
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    runtime.cupy.cache_clear()
+    with pytest.raises(TinyGPTQError, match="need the package CuPy") as caught:
+        runtime.cupy()
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_gpu(monkeypatch):
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
+    from tinygptq.kernels.cuda import runtime
+
+    monkeypatch.setattr(runtime.cuda, "is_available", lambda: False)
+    with pytest.raises(TinyGPTQError, match="no usable NVIDIA GPU was found"):
+        runtime.require_gpu()
+
+
+def test_the_name_lent_to_numba_cuda_is_taken_back():
+    """numpy 2.5 has no ``row_stack``; importing the kernels must not leave one behind."""
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
+    script = (
+        "import numpy as np\nbefore = hasattr(np, 'row_stack')\nimport tinygptq.kernels.cuda.runtime\n"
+        "import numba.cuda.np.arrayobj\nprint(before == hasattr(np, 'row_stack'))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize(
+    "capability,rows,group_size,expected",
+    [
+        ((9, 0), 1, 128, "matvec"),
+        ((8, 0), 16, 128, "matvec"),
+        ((8, 6), 17, 32, "matmul"),
+        ((9, 0), 192, 4096, "matmul"),
+        ((9, 0), 193, 128, "dequantise"),
+        ((7, 5), 1, 128, "plain"),
+        ((7, 5), 17, 128, "dequantise"),
+        ((9, 0), 1, 48, "plain"),
+        ((9, 0), 2000, 20, "plain"),
+    ],
+)
+def test_the_choice_of_kernel(capability, rows, group_size, expected):
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
+    from tinygptq.kernels.cuda import dispatch
+
+    assert dispatch.choose(capability, rows, group_size) == expected
+
+
+@pytest.mark.parametrize(
+    "rows,columns,inner", [(17, 4096, 4096), (64, 4096, 11008), (300, 22016, 4096), (1, 8, 32), (1024, 264, 160)]
+)
+@pytest.mark.parametrize("multiprocessors", [16, 108, 132])
+def test_a_plan_covers_all_of_y_and_k_and_fits(rows, columns, inner, multiprocessors):
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
+    from tinygptq.kernels.cuda import matmul
+
+    plan = matmul.plan(rows, columns, inner, multiprocessors)
+    chunks = -(-inner // 128)
+    assert plan.grid[0] * matmul.BLOCK_COLUMNS >= columns
+    assert plan.grid[1] * 8 * plan.row_tiles >= rows
+    assert (plan.grid[2] - 1) * plan.chunks_each < chunks <= plan.grid[2] * plan.chunks_each  # and no split is empty
+    if plan.grid[2] > 1:  # splits wait for each other, so all blocks must be on the card at once
+        assert plan.tiles * plan.grid[2] <= matmul.RESIDENT[plan.row_tiles] * multiprocessors

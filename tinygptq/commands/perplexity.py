@@ -1,0 +1,49 @@
+"""``tinygptq perplexity``: how well a model predicts a text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from tinygptq.errors import TinyGPTQError
+
+
+def register(command) -> None:
+    parser = command("perplexity", _perplexity, "perplexity over windows of a text, as papers measure it")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a folder, or a repository of the hub as OWNER/NAME or OWNER/NAME:BRANCH")
+    add("--revision", metavar="BRANCH", help="branch, tag or commit of a repository")
+    add("--dataset", required=True, metavar="NAME|FILE", help="wikitext2, ptb or c4 in its published form (the test split; "
+        "of c4 256 windows of the validation split), or a .txt or .jsonl file as it is")
+    add("--protocol", choices=("wikitext2",), help="read FILE as WikiText-2's raw split and join its rows by blank lines, "
+        "as for the published figures")
+    add("--seqlen", type=int, default=2048, help="tokens in a window (default: %(default)s)")
+    add("--stride", type=int, metavar="N", help="windows begin N tokens apart, and a token is predicted in the first that "
+        "reaches it (default: no overlap)")
+    add("--max-windows", type=int, metavar="N", help="stop after N windows")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--device", default="cpu", help="where to run (default: %(default)s)")
+
+
+def _perplexity(args: argparse.Namespace) -> None:
+    from tinygptq.calibrate import PUBLISHED, evaluation_text, parse_dataset
+    from tinygptq.language_model import load
+
+    name = parse_dataset(args.dataset).name
+    if args.protocol is not None and name is not None:
+        raise TinyGPTQError(f"--protocol says how to read a file; the set {name} is read in its published form as it is")
+    protocol = args.protocol or name
+    most = args.max_windows
+    if most is None and name is not None:
+        most = PUBLISHED[name].windows if name in PUBLISHED else None
+    model = load(args.model, device=args.device, context=2, revision=args.revision)
+    text = evaluation_text(args.dataset, model.tokenizer, args.protocol)
+    result = model.perplexity(text, args.seqlen, most, args.stride)
+    if args.json:
+        print(json.dumps({**asdict(result), "protocol": protocol}))
+        return
+    windows = f"{result.windows} x {result.seqlen}" + (f", {result.stride} apart" if args.stride else "")
+    print(f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens ({windows})")
+    if protocol is not None and protocol in PUBLISHED:
+        print(f"  {PUBLISHED[protocol].about}")

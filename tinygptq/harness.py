@@ -1,0 +1,211 @@
+"""The adapter for lm-evaluation-harness (0.4.13): its requests answered by a model loaded here, without torch.
+
+Results are those of the harness's own Hugging Face backend: the same cuts between context and continuation, the same
+truncation from the left, the same stop rules. What requests share is computed once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from tinygptq.errors import TinyGPTQError
+from tinygptq.generate import StopStrings, generate_ids
+from tinygptq.language_model import LanguageModel
+from tinygptq.sampling import Sampler, SamplingParams
+from tinygptq.scoring import MAX_BATCH, Request, Scorer, prefix_token
+from tinygptq.templates import Message, render_chat, render_conversation
+
+FOLDER_TEMPLATE = "folder"  # in place of a template's name: the folder's own chat template
+MAX_GEN_TOKS = 256  # for tasks that do not say, as in the harness
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names for one thing, first one first
+
+
+class Adapter:
+    """Everything the harness asks of a model; :func:`harness_model` makes it one of the harness's own.
+
+    Args:
+        batch_size: sequences scored in one pass at most; None is as many as are worth it.
+        template: name of a prompt template, or FOLDER_TEMPLATE, for when the harness applies a chat template.
+    """
+
+    tokenizer = None  # the harness would look for transformers' attributes in it
+
+    def __init__(self, model: LanguageModel, batch_size: int | None = None, template: str = FOLDER_TEMPLATE) -> None:
+        super().__init__()
+        self.model, self._template = model, template
+        self.scorer = Scorer(model.engine.model, max_batch=batch_size or MAX_BATCH)
+
+    # ------------------------------------------------------------------ tokens
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.model.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return prefix_token(self.model.tokenizer)
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """BOS by the folder's rule (None), or with (True) or without it; a text that begins with its text gets no second."""
+        tokenizer = self.model.tokenizer
+        if add_special_tokens is None and string.startswith(self._text_of(self.prefix_token_id) or "\0"):
+            add_special_tokens = False
+        if add_special_tokens and tokenizer.bos_id is None:
+            add_special_tokens = None
+        return tokenizer.encode(string, bos=add_special_tokens)
+
+    def _text_of(self, token: int | None) -> str:
+        if token is None:
+            return ""
+        return self.model.tokenizer.token_bytes(token, skip_special=False).decode("utf-8", "replace")
+
+    # ------------------------------------------------------------------ log-likelihoods
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        def note(index: int, found: tuple[float, bool]) -> None:
+            if requests[index][0] is not None:  # the harness's cache of answers, for runs that are cut off
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], tuple(found))
+
+        cut = [self._fit(context, continuation) for _, context, continuation in requests]
+        return [tuple(found) for found in self.scorer.score(cut, progress=not disable_tqdm, on_result=note)]
+
+    def _fit(self, context: list[int], continuation: list[int]) -> Request:
+        """The last ``max_length + 1`` tokens, of which the last is only predicted; the continuation must fit whole."""
+        if len(continuation) > self.max_length:
+            raise TinyGPTQError(f"an answer of {len(continuation)} tokens does not fit the context of {self.max_length}")
+        kept = self.max_length + 1 - len(continuation)
+        return Request(context[-kept:], continuation)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, each token predicted once, in windows as long as the context."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            found = rolling_windows(ids, self.prefix_token_id, self.max_length)
+            windows += found
+            owners += [owner] * len(found)
+        totals = [0.0] * len(requests)
+        for owner, found in zip(owners, self.scorer.score(windows, progress=not disable_tqdm), strict=True):
+            totals[owner] += found.logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    # ------------------------------------------------------------------ generating
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continue each context until one of its stop strings; neighbours in sorted order share their beginnings."""
+        ids = [self.tok_encode(request.args[0]) for request in requests]
+        texts = [""] * len(requests)
+        order = sorted(range(len(requests)), key=lambda index: ids[index])
+        for index in tqdm(order, desc="generating", unit="request", disable=disable_tqdm or None):
+            texts[index] = self._generate(ids[index], requests[index].args[1], seed=index)
+            self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
+        return texts
+
+    def _generate(self, ids: list[int], settings: dict[str, Any], seed: int) -> str:
+        settings, engine = dict(settings), self.model.sequence
+        until = settings.pop("until", None) or []
+        given = [settings.pop(name, None) for name in LIMITS]
+        most = next((int(value) for value in given if value is not None), MAX_GEN_TOKS)
+        room = min(self.max_length, engine.capacity) - most
+        if room < 1:
+            raise TinyGPTQError(f"a task asks for {most} new tokens, which leave no room for a prompt in a context of "
+                                f"{self.max_length}; give --gen-kwargs max_gen_toks=N")  # fmt: skip
+        defaults, tokenizer = self.model.defaults, self.model.tokenizer
+        sampler = Sampler(_sampling(settings, defaults), self.model.config.vocab_size, defaults.eos_token_ids, seed)
+        stops = StopStrings([until] if isinstance(until, str) else list(until))
+        decoder = tokenizer.stream()  # as when the answer is decoded alone: LLaMA's tokenizers then drop its first space
+        text = ""
+        for token in generate_ids(engine, ids[-room:], sampler, most, defaults.eos_token_ids):
+            text += stops.push(decoder.push(token))
+            if stops.found:
+                return text
+        text += stops.push(decoder.flush())
+        return text if stops.found else text + stops.flush()
+
+    # ------------------------------------------------------------------ chat templates
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness's cache of prompts is told apart by."""
+        return f"{self.model.checkpoint.folder.name}-{self._template}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template's text, for the harness's records."""
+        if not chat_template:
+            return None
+        return self._folder_template() if self._template == FOLDER_TEMPLATE else self._template
+
+    def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
+        """A conversation as one prompt; without a generation prompt it ends inside the last message, to be continued."""
+        tokenizer = self.model.tokenizer
+        bos, eos = self._text_of(tokenizer.bos_id), self._text_of(tokenizer.eos_id)
+        if self._template == FOLDER_TEMPLATE:
+            text = render_chat(self._folder_template(), chat_history, bos, eos, add_generation_prompt)
+        else:
+            text = render_conversation(self._template, chat_history, bos, eos)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
+
+    def _folder_template(self) -> str:
+        if self.model.tokenizer.chat_template is None:
+            raise TinyGPTQError(f"{self.model.checkpoint.folder}: the folder has no chat template; name one, as in "
+                                "--apply-chat-template tulu")  # fmt: skip
+        return self.model.tokenizer.chat_template
+
+
+def _sampling(settings: dict[str, Any], defaults: Any) -> SamplingParams:
+    """A task's generation settings: greedy unless it says otherwise; what else it does not say is the folder's."""
+    temperature = float(settings.get("temperature") or 0.0)
+    if settings.get("do_sample") is False:
+        temperature = 0.0
+    elif settings.get("do_sample") and temperature == 0.0:
+        temperature = 1.0
+    names = ("top_k", "top_p", "repetition_penalty")
+    chosen = {name: getattr(defaults, name) if settings.get(name) is None else settings[name] for name in names}
+    return SamplingParams(temperature=temperature, **chosen)
+
+
+def rolling_windows(ids: Sequence[int], first: int, length: int) -> list[Request]:
+    """Windows over a text in which each token is predicted once, from as many tokens as there are and fit.
+
+    The first window predicts from ``first`` (BOS) alone; every further one from the last token of the one before it, but
+    for the text's last, which is filled up with context from the left.
+    """
+    windows = [Request([first], ids[:length])] if len(ids) else []
+    for start in range(length, len(ids), length):
+        end = min(start + length, len(ids))
+        windows.append(Request(ids[end - length - 1 : start], ids[start:end]))
+    return windows
+
+
+@functools.cache
+def _adapter_class() -> type:
+    try:
+        from lm_eval.api.model import TemplateLM
+    except ImportError as error:
+        raise TinyGPTQError(f"evaluation needs lm-evaluation-harness ({error}): pip install tinygptq[eval]") from None
+    return type("TinyGPTQ", (Adapter, TemplateLM), {"__doc__": Adapter.__doc__})
+
+
+def harness_model(model: LanguageModel, batch_size: int | None = None, template: str = FOLDER_TEMPLATE) -> Any:
+    """A model for ``lm_eval.simple_evaluate(model=...)``; see :class:`Adapter` for the arguments.
+
+    Raises:
+        TinyGPTQError: lm-evaluation-harness is not installed.
+    """
+    return _adapter_class()(model, batch_size, template)
+

@@ -1,0 +1,7 @@
+"""Matrix products on NVIDIA GPUs, written in Python for numba-cuda (extra ``[cuda]``).
+
+Start with ``plain``: the whole computation, in Python that a simulator can run. ``layout`` brings a packed linear to the
+device, ``dispatch.linear`` multiplies by it and says which kernel serves how many rows: ``matvec`` (1 to 16), ``matmul``
+(some 200) or ``dequantise`` with ``cublas`` (more). ``unpack`` and ``tables`` turn codes, scales and zero points into what
+the tensor cores take, ``ptx`` holds the instructions, ``runtime`` imports numba-cuda and CuPy for all of them.
+"""

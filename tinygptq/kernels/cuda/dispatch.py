@@ -1,0 +1,166 @@
+"""y = x @ W for a packed linear on the device: which kernel runs, from the table below.
+
+    rows of x     compute capability 8.0 and up                       below
+    1 - 16        matvec    weights at the memory's speed             plain
+    17 - 192      matmul    unpacked in registers, tensor cores       dequantise
+    193 -         dequantise to fp16, then a dense product (cuBLAS)   dequantise
+
+The lines on the left are where the next kernel became faster, measured on an H200 (scripts/bench/results): writing the
+weights out as fp16 takes as long as some 200 rows do, and pays when cuBLAS wins that back. The column on the right
+follows from what the kernels read; no such card was at hand. A group size that is no multiple of 32 goes to the plain
+kernel, whatever the rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tinygptq.errors import TinyGPTQError
+from tinygptq.kernels.cuda import dequantise, matmul, matvec, plain
+from tinygptq.kernels.cuda.cublas import cublas
+from tinygptq.kernels.cuda.layout import ROWS, DeviceLinear
+from tinygptq.kernels.cuda.runtime import capability, cuda, cupy, multiprocessors
+
+MATVEC_ROWS = 16  # at most
+MATMUL_ROWS = 192
+TENSOR_CORES = (8, 0)  # first capability with mma.m16n8k16 and cp.async
+
+
+def choose(capability: tuple[int, int], rows: int, group_size: int) -> str:
+    """The kernel for so many rows: "matvec", "matmul", "dequantise" or "plain"; see the table above."""
+    if group_size % 32:
+        return "plain"
+    if rows <= MATVEC_ROWS:
+        return "matvec" if capability >= TENSOR_CORES else "plain"
+    return "matmul" if rows <= MATMUL_ROWS and capability >= TENSOR_CORES else "dequantise"
+
+
+def linear(
+    x: Any, layer: DeviceLinear, out: Any = None, stream: Any = None, *, gathered: bool = False, kernel: str | None = None
+) -> Any:
+    """``x @ W + bias``.
+
+    Args:
+        x: CuPy float16 [M, K], C-contiguous.
+        layer: from :func:`~.layout.to_device`.
+        out: CuPy float16 or float32 [M, N] to write to; a new float16 array by default.
+        stream: a CuPy stream, None for CuPy's current one. The call only puts work on it; the work may be recorded in a
+            CUDA graph once each kernel it needs has run.
+        gathered: x's columns are in the order of ``layer.perm`` already, because the kernel before this one wrote them so;
+            else they are in the model's order, and an act-order layer costs one small kernel more.
+        kernel: one of :func:`choose`'s names instead of its choice.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        TinyGPTQError: x or out of another shape or dtype than the layer takes.
+    """
+    cp = cupy()
+    _check(x, layer, out)
+    stream = stream or cp.cuda.get_current_stream()
+    kernel = kernel or choose(capability(), x.shape[0], layer.group_size)
+    with stream:
+        if out is None:
+            out = cp.empty((x.shape[0], layer.out_features), np.float16)
+        if x.shape[0] == 0:
+            return out
+        if layer.perm is not None and not gathered:
+            x = _gather(x, layer.perm, stream)
+        KERNELS[kernel](x, layer, out, stream)
+        if layer.bias is not None:
+            plain.add_bias[_blocks(out.size), 256, _numba(stream)](out, layer.bias)
+    return out
+
+
+def _check(x: Any, layer: DeviceLinear, out: Any) -> None:
+    if x.ndim != 2 or x.shape[1] != layer.in_features or x.dtype != np.float16 or not x.flags.c_contiguous:
+        raise TinyGPTQError(
+            f"x is {x.dtype.name} {x.shape}; this linear takes float16 [rows, {layer.in_features}], C-contiguous"
+        )
+    if out is not None:
+        shape = (x.shape[0], layer.out_features)
+        if out.shape != shape or out.dtype not in (np.float16, np.float32) or not out.flags.c_contiguous:
+            raise TinyGPTQError(f"out is {out.dtype.name} {out.shape}; it must be float16 or float32 {shape}, C-contiguous")
+
+
+def _run_plain(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
+    grid, block = plain.grid_of(*out.shape)
+    kernel = plain.plain_kernel(layer.bits, layer.group_size, layer.zero)
+    zeros = layer.scales if layer.zeros is None else layer.zeros
+    kernel[grid, block, _numba(stream)](x, layer.codes, layer.scales, zeros, out)
+
+
+def _run_matvec(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
+    strips, row_tiles = layer.codes.shape[0], 1 if x.shape[0] <= 8 else 2
+    warps = matvec.warps_of(strips, row_tiles, multiprocessors())
+    special = {"ragged": x.shape[1] % ROWS != 0, "wide_scales": layer.scales.dtype.itemsize == 4}
+    kernel = matvec.matvec_kernel(layer.bits, layer.group_size, layer.zero, row_tiles, warps, **special)
+    kernel[strips, 32 * warps, _numba(stream)](x, *_words(layer), layer.scales.shape[1], out)
+
+
+def _run_matmul(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
+    plan = matmul.plan(*out.shape, layer.in_features, multiprocessors())
+    wide = {"wide_scales": layer.scales.dtype.itemsize == 4, "wide_out": out.dtype.itemsize == 4}
+    kernel = matmul.matmul_kernel(layer.bits, layer.group_size, layer.zero, plan.row_tiles, **wide)
+    sums, arrived = _sums_workspace(plan.sums), _arrived_workspace(2 * plan.tiles)
+    groups = layer.scales.shape[1]
+    kernel[plan.grid, matmul.THREADS, _numba(stream)](x, *_words(layer), groups, plan.chunks_each, out, sums, arrived)
+
+
+def _run_dequantise(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
+    weight = dequantised(layer, stream)
+    cublas().multiply_transposed(x, weight, out, stream.ptr)
+
+
+def dequantised(layer: DeviceLinear, stream: Any) -> Any:
+    """W transposed, float16 [N, K] in the order of the sorted rows; the memory belongs to the next call too."""
+    weight = _weight_workspace(layer.out_features * layer.in_features).reshape(layer.out_features, layer.in_features)
+    kernel = dequantise.dequantise_kernel(layer.bits, layer.group_size, layer.zero, layer.scales.dtype.itemsize == 4)
+    grid, block = dequantise.grid_of(layer.in_features, layer.out_features)
+    kernel[grid, block, _numba(stream)](*_words(layer), layer.scales.shape[1], 0, weight)
+    return weight
+
+
+def _words(layer: DeviceLinear) -> tuple[Any, Any, Any]:
+    """Codes, scales and zeros, flat, as 32-bit words."""
+    scales = layer.scales.reshape(-1).view(np.uint32)
+    return layer.codes.reshape(-1), scales, scales if layer.zeros is None else layer.zeros.reshape(-1).view(np.uint32)
+
+
+def _numba(stream: Any) -> Any:
+    return cuda.external_stream(stream.ptr)
+
+
+def _gather(x: Any, perm: Any, stream: Any) -> Any:
+    out = _x_workspace(x.size).reshape(x.shape)
+    plain.gather_columns[_blocks(x.size), 256, _numba(stream)](x, perm, out)
+    return out
+
+
+def _blocks(elements: int) -> int:
+    return min(-(-elements // 256), 8 * multiprocessors())
+
+
+class _Workspace:
+    """Device memory, zero at first, that grows to the largest request; for one stream at a time.
+
+    What it outgrew is kept, because CUDA graphs recorded earlier still write there.
+    """
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype, self.memory = dtype, []
+
+    def __call__(self, size: int) -> Any:
+        if not self.memory or self.memory[-1].size < size:
+            self.memory.append(cupy().zeros(size, self.dtype))
+        return self.memory[-1][:size]
+
+
+_x_workspace, _weight_workspace = _Workspace(np.float16), _Workspace(np.float16)
+_sums_workspace, _arrived_workspace = _Workspace(np.float32), _Workspace(np.int32)
+
+
+KERNELS = {"matvec": _run_matvec, "matmul": _run_matmul, "dequantise": _run_dequantise, "plain": _run_plain}

@@ -1,0 +1,125 @@
+"""A packed linear on the device, its words in the order in which the tensor-core kernels read them.
+
+The unit of the layout is a *chunk*: 128 rows (k) by 32 columns (n), ``bits`` * 512 bytes. One warp reads it with ``bits``
+loads of 16 bytes per lane, each 512 bytes in one piece, and lane 4g + t (g = 0..7, t = 0..3) then holds exactly the codes
+that mma wants of it (the fragments are drawn in ``ptx``)::
+
+    columns   4g + c                      c = 0..3
+    rows      32u + 8t + 2i, + 1          u = 0..3 (a unit of 32 rows), i = 0..3: pair i of two neighbouring rows
+
+The 16 pairs of a column lie in ``bits`` words, ``16 // bits`` of them in each: a pair's first code in the lower half of the
+word, its second code at the same place of the upper half, so that one ``and`` leaves a half2's two mantissas. A unit's
+pairs stand in the order 0, 2, 1, 3: pairs 0 and 1 at even places, 2 and 3 at odd ones::
+
+    4 bits     bit 31                         16 15                          0
+               | p3.1 | p1.1 | p2.1 | p0.1 | p3.0 | p1.0 | p2.0 | p0.0 |      word u: unit u
+    3 bits     five pairs in each word (bits 0-14 of each half); bit 15 of word b's halves is bit b of the last pair
+
+Chunks of one *strip* of 32 columns follow each other, so that a block which works on a strip reads one stretch of memory.
+Rows are padded to whole chunks and columns to whole strips; kernels multiply padded rows by x = 0 and write no padded
+column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tinygptq.packing import PackedLinear
+
+ROWS, COLUMNS = 128, 32  # of a chunk
+PAIRS = 16  # of one column in one lane's part of a chunk
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceLinear:
+    """A :class:`tinygptq.packing.PackedLinear` on the device; arrays are CuPy's (NumPy's in tests of the layout).
+
+    Shapes (S strips, C chunks in a strip, G groups; ``K = in_features``, ``N = out_features`` before padding):
+        codes:  uint32 [S, C, bits, 32 lanes, 4 columns].
+        scales: float16 or float32 [S, G, 32 columns]; G counts the padded rows' groups too.
+        zeros:  uint8 (uint16 for 8 bits) [S, G, 32], or None when all are ``zero``.
+        perm:   int32 [K] or None: row i multiplies input ``perm[i]``. Callers gather x first; kernels do not look at it.
+        bias:   float32 [S * 32] or None.
+    """
+
+    codes: Any
+    scales: Any
+    zeros: Any
+    zero: int | None
+    perm: Any
+    bias: Any
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes a product has to read."""
+        return sum(int(array.nbytes) for array in (self.codes, self.scales, self.zeros) if array is not None)
+
+
+def to_device(linear: PackedLinear, array: Any = None) -> DeviceLinear:
+    """Lay ``linear`` out for the kernels. ``array`` brings a NumPy array to the device; by default ``cupy.asarray``."""
+    if array is None:
+        from tinygptq.kernels.cuda.runtime import cupy
+
+        array = cupy().asarray
+    zeros, bits = linear.zeros, linear.bits
+    groups = -(-(linear.in_features + -linear.in_features % ROWS) // linear.group_size)  # padded rows too look up a scale
+    constant = int(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else None
+    narrow = zeros.astype(np.uint16 if bits == 8 else np.uint8)  # 8 bits: zeros run from 0 to 256
+    return DeviceLinear(
+        codes=tile(array(linear.qweight), bits),
+        scales=strips(array(linear.scales), groups),
+        zeros=None if constant is not None else strips(array(narrow), groups),
+        zero=constant,
+        perm=None if linear.perm is None else array(linear.perm),
+        bias=None if linear.bias is None else array(np.pad(linear.bias, (0, -linear.out_features % COLUMNS))),
+        bits=bits,
+        group_size=min(linear.group_size, linear.in_features),
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+    )
+
+
+def strips(table: Any, groups: int) -> Any:
+    """[at most ``groups``, N] -> [S, groups, 32], padded with zeros."""
+    padded = np.pad(table, ((0, groups - table.shape[0]), (0, -table.shape[1] % COLUMNS)))
+    return padded.reshape(groups, -1, COLUMNS).transpose(1, 0, 2).copy()  # (S, groups, 32)
+
+
+def tile(qweight: Any, bits: int) -> Any:
+    """GPTQ's words, uint32 [K * bits / 32, N] -> uint32 [S, C, bits, 32, 4]; see the module for the order. NumPy or CuPy."""
+    codes = _codes(qweight, bits)  # (K, N)
+    codes = np.pad(codes, ((0, -codes.shape[0] % ROWS), (0, -codes.shape[1] % COLUMNS)))
+    # k = (chunk, unit u, t, pair i // 2, i % 2, which of the pair); n = (strip, g, c)
+    chunks, column_strips = codes.shape[0] // ROWS, codes.shape[1] // COLUMNS
+    codes = codes.reshape(chunks, 4, 4, 2, 2, 2, column_strips, 8, 4)
+    codes = codes.transpose(1, 4, 3, 5, 6, 0, 7, 2, 8).reshape(PAIRS, 2, -1)  # (place, which, strip chunk g t c)
+    halves = codes[:, 0].astype(np.uint32) | codes[:, 1].astype(np.uint32) << np.uint32(16)  # (16, S * C * 128)
+    words = np.zeros_like(halves, shape=(bits, halves.shape[1]))
+    for i in range(bits * (PAIRS // bits)):
+        word, place = divmod(i, PAIRS // bits)
+        words[word] |= halves[i] << np.uint32(bits * place)
+    if bits == 3:
+        for bit in range(3):
+            words[bit] |= (halves[15] >> np.uint32(bit) & np.uint32(0x00010001)) << np.uint32(15)
+    words = words.reshape(bits, column_strips, chunks, 32, 4)
+    return words.transpose(1, 2, 0, 3, 4).copy()  # (S, C, bits, 32, 4)
+
+
+def _codes(words: Any, bits: int) -> Any:
+    """:func:`tinygptq.packing.unpack` for CuPy's arrays too: uint32 [K * bits / 32, N] -> uint8 [K, N]."""
+    words = words.reshape(-1, bits, words.shape[1])  # (turns of 32 codes, words, N)
+    codes = np.empty_like(words, shape=(words.shape[0], 32, words.shape[2]), dtype=np.uint8)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        code = words[:, word] >> np.uint32(shift)
+        if shift + bits > 32:  # the code's upper bits open the next word
+            code = code | words[:, word + 1] << np.uint32(32 - shift)
+        codes[:, i] = code & np.uint32((1 << bits) - 1)
+    return codes.reshape(-1, words.shape[2])  # (K, N)

@@ -1,0 +1,95 @@
+"""Scales and zero points of a lane's four columns: read as they lie in memory, decoded when they are needed."""
+
+import numpy as np
+
+from tinygptq.kernels.cuda.layout import COLUMNS as STRIP
+from tinygptq.kernels.cuda.layout import ROWS as CHUNK
+from tinygptq.kernels.cuda.ptx import (
+    and_or,
+    float_from_bits,
+    half2_from_floats,
+    half2_to_floats,
+    load_words,
+    pick_bytes,
+    sub_half2,
+)
+from tinygptq.kernels.cuda.runtime import cuda
+from tinygptq.kernels.cuda.unpack import constant_offsets, half2, upper_place
+
+
+def device_function(function):
+    """A device function that becomes part of each kernel that calls it."""
+    return cuda.jit(device=True, inline="always")(function)
+
+
+def table_reader(bits, group_size, read_zeros, wide_scales):
+    """Device function: scales and zeros of a lane's four columns in a chunk, as they are in memory; once for each unit."""
+    load_scales, load_zeros = load_words(4 if wide_scales else 2), load_words(2 if bits == 8 else 1)
+    scale_shift, zero_shift = 0 if wide_scales else 1, 1 if bits == 8 else 2  # numbers in a word, as a power of 2
+    one_group = group_size % CHUNK == 0
+
+    @device_function
+    def fetch(scales, zeros, table, k):
+        index = table + STRIP * (k // group_size)
+        if read_zeros:
+            return load_scales(scales, index >> scale_shift), load_zeros(zeros, index >> zero_shift)
+        return load_scales(scales, index >> scale_shift), (np.uint32(0),)
+
+    @device_function
+    def fetch_tables(scales, zeros, table, chunk):
+        k = CHUNK * chunk
+        s0, z0 = fetch(scales, zeros, table, k)
+        if one_group:
+            return (s0, s0, s0, s0), (z0, z0, z0, z0)
+        s1, z1 = fetch(scales, zeros, table, k + 32)
+        s2, z2 = fetch(scales, zeros, table, k + 64)
+        s3, z3 = fetch(scales, zeros, table, k + 96)
+        return (s0, s1, s2, s3), (z0, z1, z2, z3)
+
+    return fetch_tables
+
+
+def table_decoder(bits, zero, wide_scales):
+    """Device functions that make four half2 each: of scales, and of the two offsets ``unpack.levels`` takes."""
+    lower, upper = ((np.uint32(value),) * 4 for value in constant_offsets(bits, zero or 0))
+    from_lower = np.uint32(half2(1024 - upper_place(bits)))
+    under_1024 = np.uint32(0x64006400)
+
+    @device_function
+    def decode_scales(s):
+        if wide_scales:
+            a, b, c, d = float_from_bits(s[0]), float_from_bits(s[1]), float_from_bits(s[2]), float_from_bits(s[3])
+            return half2_from_floats(a, a), half2_from_floats(b, b), half2_from_floats(c, c), half2_from_floats(d, d)
+        return (pick_bytes(s[0], 0, 0x1010), pick_bytes(s[0], 0, 0x3232),
+                pick_bytes(s[1], 0, 0x1010), pick_bytes(s[1], 0, 0x3232))  # fmt: skip
+
+    @device_function
+    def decode_zeros(z):
+        if zero is not None:
+            return lower, upper
+        if bits == 8:  # 16 bits each, up to 256
+            low = (and_or(pick_bytes(z[0], 0, 0x1010), 0x01FF01FF, under_1024),
+                   and_or(pick_bytes(z[0], 0, 0x3232), 0x01FF01FF, under_1024),
+                   and_or(pick_bytes(z[1], 0, 0x1010), 0x01FF01FF, under_1024),
+                   and_or(pick_bytes(z[1], 0, 0x3232), 0x01FF01FF, under_1024))  # fmt: skip
+            return low, low
+        low = (pick_bytes(z[0], 0x64, 0x4040), pick_bytes(z[0], 0x64, 0x4141),
+               pick_bytes(z[0], 0x64, 0x4242), pick_bytes(z[0], 0x64, 0x4343))  # fmt: skip
+        up = (sub_half2(from_lower, low[0]), sub_half2(from_lower, low[1]),
+              sub_half2(from_lower, low[2]), sub_half2(from_lower, low[3]))  # fmt: skip
+        return low, up
+
+    return decode_scales, decode_zeros
+
+
+def scale_floats(wide_scales):
+    """Device function that makes four float32 of scales as they are in memory."""
+
+    @device_function
+    def decode(s):
+        if wide_scales:
+            return float_from_bits(s[0]), float_from_bits(s[1]), float_from_bits(s[2]), float_from_bits(s[3])
+        low, high = half2_to_floats(s[0]), half2_to_floats(s[1])
+        return low[0], low[1], high[0], high[1]
+
+    return decode
