@@ -77,7 +77,7 @@ def quantize_columns(
         scales, zeros = (np.empty((config.num_groups(columns), rows), W.dtype) for _ in range(2))
     else:
         scales, zeros = (np.ascontiguousarray(grid.T) for grid in static)  # (G, out)
-    _quantize_rows(
+    _solve_rows(
         np.ascontiguousarray(W), np.ascontiguousarray(Hinv), codes, scales, zeros, losses, column_groups,
         _block_bounds(columns, group_size), group_size if static is None else 0,
         *_search(importance, W.dtype), config.sym, real(config.max_code), _least_zero(config, real),
@@ -91,11 +91,12 @@ def static_grids(
     W: np.ndarray, config: QuantizeConfig, importance: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scales and zeros [out, G] of contiguous groups of the weights as they are."""
-    real, columns = W.dtype.type, W.shape[1]
+    real, columns, none = W.dtype.type, W.shape[1], np.empty(0, np.int64)
     scales, zeros = (np.empty((config.num_groups(columns), len(W)), W.dtype) for _ in range(2))
-    _find_grids(
-        np.ascontiguousarray(W), scales, zeros, config.rows_per_group(columns), *_search(importance, W.dtype),
-        config.sym, real(config.max_code), _least_zero(config, real),
+    _solve_rows(
+        np.ascontiguousarray(W), np.empty((0, 0), W.dtype), np.empty((0, 0), np.uint8), scales, zeros,
+        np.empty(-(-len(W) // ROWS)), none, none, config.rows_per_group(columns),
+        *_search(importance, W.dtype), config.sym, real(config.max_code), _least_zero(config, real),
     )  # fmt: skip
     if not np.isfinite(scales).all():
         raise TinyGPTQError(OVERFLOW)
@@ -123,36 +124,31 @@ def _block_bounds(columns: int, group_size: int) -> np.ndarray:
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _quantize_rows(
+def _solve_rows(
     W, Hinv, codes, scales, zeros, losses, column_groups, bounds, group_size, importance, clips, sym, maxq, least_zero
 ):
     """All rows of W [out, in], a chunk at a time; writes codes [in, out], losses [chunks] and, unless group_size is 0
-    (static), scales and zeros [G, out]."""
+    (static), scales and zeros [G, out]. Without bounds only the grids of contiguous groups are found and written.
+
+    (One loop for both, because Numba compiles whatever a parallel loop calls anew for each, which takes seconds.)
+    """
     for chunk in prange(len(losses)):
         r1 = chunk * ROWS
         w, count = _transposed_chunk(W, r1)
         scale, zero = np.ones((len(scales), ROWS), W.dtype), np.zeros((len(scales), ROWS), W.dtype)
         if group_size == 0:
             scale[:, :count], zero[:, :count] = scales[:, r1 : r1 + count], zeros[:, r1 : r1 + count]
-        code = np.empty((W.shape[1], ROWS), np.uint8)
-        losses[chunk] = _quantize_chunk(
-            w, Hinv, code, scale, zero, column_groups, bounds, group_size, importance, clips, sym, maxq, least_zero
-        )
-        codes[:, r1 : r1 + count] = code[:, :count]
+        if len(bounds) == 0:
+            for g in range(len(scales)):
+                k, end = g * group_size, (g + 1) * group_size
+                _find_grid(w[k:end], importance[k:end], clips, scale[g], zero[g], sym, maxq, least_zero)
+        else:
+            code = np.empty((W.shape[1], ROWS), np.uint8)
+            losses[chunk] = _quantize_chunk(
+                w, Hinv, code, scale, zero, column_groups, bounds, group_size, importance, clips, sym, maxq, least_zero
+            )
+            codes[:, r1 : r1 + count] = code[:, :count]
         scales[:, r1 : r1 + count], zeros[:, r1 : r1 + count] = scale[:, :count], zero[:, :count]
-
-
-@njit(cache=True, parallel=True, error_model="numpy")
-def _find_grids(W, scales, zeros, group_size, importance, clips, sym, maxq, least_zero):
-    """Grids of all groups of W [out, in] as it is, into scales and zeros [G, out]."""
-    for chunk in prange(-(-W.shape[0] // ROWS)):
-        r1 = chunk * ROWS
-        w, count = _transposed_chunk(W, r1)
-        scale, zero = np.empty(ROWS, W.dtype), np.empty(ROWS, W.dtype)
-        for g in range(len(scales)):
-            k = g * group_size
-            _find_grid(w[k : k + group_size], importance[k : k + group_size], clips, scale, zero, sym, maxq, least_zero)
-            scales[g, r1 : r1 + count], zeros[g, r1 : r1 + count] = scale[:count], zero[:count]
 
 
 @njit(cache=True, error_model="numpy")
