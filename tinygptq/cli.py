@@ -18,11 +18,11 @@ from typing import NoReturn
 
 from tinygptq import __version__
 from tinygptq.commands import chat, compare, convert, evaluate, inspect, perplexity, publish, validate
+from tinygptq.commands.arguments import MODEL, add_device, add_json, add_model, add_revision, add_sampling
 from tinygptq.config import RECIPES, SUPPORTED_BITS, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.templates import TEMPLATES, render
 
-MODEL = "a folder, or a repository of the hub as OWNER/NAME or OWNER/NAME:BRANCH"
 FAMILIES: tuple = (chat, perplexity, evaluate, compare, validate, publish, convert, inspect)  # modules of tinygptq.commands
 
 
@@ -137,19 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_revision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", metavar="BRANCH", help="branch, tag or commit of a repository")
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", choices=("cpu",), help="where to run (default: %(default)s)")
-
-
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     default = QuantizeConfig()
     add = parser.add_argument
     add("src", metavar="SRC", help=f"the model in fp16, bf16 or fp32: {MODEL}")
-    _add_revision(parser)
+    add_revision(parser)
     add("out", metavar="OUT", help="new folder to write")
     add("--bits", type=int, default=default.bits, choices=SUPPORTED_BITS, help="bits a weight (default: %(default)s)")
     add("--group-size", type=int, default=default.group_size, metavar="N", help="rows that share a scale, -1 for all (128)")
@@ -170,8 +162,8 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-format", default="gptq", choices=("gptq", "gptq_v2"), help="how zero points are stored (gptq)")
     add("--resume", action="store_true", help="continue an earlier run that was cut off, at the block it had reached; "
         "also keep what this one has done if an error or Ctrl-C stops it (one that is killed can be continued in any case)")
-    add("--json", action="store_true", help="print one JSON object")
-    _add_device(parser)
+    add_json(parser)
+    add_device(parser, choices=("cpu",))
 
 
 def _quantize_config(args: argparse.Namespace) -> QuantizeConfig:
@@ -190,21 +182,17 @@ def _quantize_config(args: argparse.Namespace) -> QuantizeConfig:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help=MODEL)
-    _add_revision(parser)
+    add_model(parser)
     add("--prompt", required=True, metavar="TEXT", help="- reads it from standard input")
     add("--template", default="none", choices=sorted(TEMPLATES), help="wrap the prompt (default: none)")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
     add("--min-new-tokens", type=int, default=0, metavar="N", help="(default: %(default)s)")
-    add("--temperature", type=float, metavar="F", help="0 is greedy; what is not given comes from generation_config.json")
-    add("--top-k", type=int, metavar="N")
-    add("--top-p", type=float, metavar="F")
-    add("--repetition-penalty", type=float, metavar="F")
+    add_sampling(parser)
     add("--greedy", action="store_true", help="always the most likely token")
     add("--seed", type=int, help="same seed, same text")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
     add("--context", type=int, metavar="N", help="room for prompt and answer together (default: the model's maximum)")
-    _add_device(parser)
+    add_device(parser, choices=("cpu",))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def share(rows: int, work: int, product: Callable[[slice], None], slices: int = 
     There are ``slices`` for each thread, or as many as leave each WORTH_SHARING.
     """
     threads = min(count(), rows) if work >= WORTH_SHARING else 1
-    parts = threads * max(1, min(slices, work // (WORTH_SHARING * threads)))
+    parts = max(threads, min(rows, threads * slices, work // WORTH_SHARING))
     bounds = [rows * i // parts for i in range(parts + 1)]
     left = iter([slice(start, end) for start, end in itertools.pairwise(bounds)])
 

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from tinygptq.commands.arguments import add_device, add_model, add_sampling
 from tinygptq.errors import TinyGPTQError
 from tinygptq.templates import TEMPLATES
 
@@ -23,21 +24,18 @@ PROMPT, MORE = ">>> ", "... "
 
 
 def register(command) -> None:
+    """Add the subcommand to the parser; see the package."""
     parser = command("chat", _chat, "a conversation in the terminal; /help there lists what else it can do")
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder, or a repository of the hub as OWNER/NAME or OWNER/NAME:BRANCH")
-    add("--revision", metavar="BRANCH", help="branch, tag or commit of a repository")
+    add_model(parser)
     add("--template", choices=["folder", *sorted(TEMPLATES)], help="how turns are written (default: the folder's own chat "
         "template, or none where it has none)")
     add("--system", metavar="TEXT", help="a system message")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default: %(default)s)")
-    add("--temperature", type=float, metavar="F", help="0 is greedy; what is not given comes from generation_config.json")
-    add("--top-k", type=int, metavar="N")
-    add("--top-p", type=float, metavar="F")
-    add("--repetition-penalty", type=float, metavar="F")
+    add_sampling(parser)
     add("--seed", type=int, help="same seed, same answers")
     add("--context", type=int, metavar="N", help="room for the conversation (default: the model's maximum)")
-    add("--device", default="cpu", help="where to run (default: %(default)s)")
+    add_device(parser)
 
 
 def _chat(args: argparse.Namespace) -> None:

@@ -7,12 +7,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from tinygptq.commands.arguments import MODEL, add_device, add_json
 from tinygptq.errors import TinyGPTQError
-
-MODEL = "a folder, or a repository of the hub as OWNER/NAME or OWNER/NAME:BRANCH"
 
 
 def register(command) -> None:
+    """Add the subcommand to the parser; see the package."""
     parser = command("compare", _compare, "two models on the same text: perplexity, KL, agreement, errors block by block")
     add = parser.add_argument
     add("a", metavar="A", help=f"the reference: {MODEL}")
@@ -22,8 +22,8 @@ def register(command) -> None:
     add("--max-windows", type=int, metavar="N", help="stop after N windows")
     add("--worst", type=int, default=10, metavar="N", help="show the N tokens of largest KL (default: %(default)s)")
     add("--plot", type=Path, metavar="FILE.png", help="draw the errors by block and the distribution of KL")
-    add("--json", action="store_true", help="print one JSON object")
-    add("--device", default="cpu", help="where to run (default: %(default)s)")
+    add_json(parser)
+    add_device(parser)
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tinygptq.commands.arguments import add_json, add_revision
+
 SHARD_HELP = "cut the weights into files of at most this many bytes of tensors (5GB, 500MB); one file otherwise"
 
 
@@ -20,8 +22,8 @@ def register(command: Callable) -> None:
     add("--to", choices=("gptq", "gptq_v2", "fp16", "fp32"), help="gptq for quantised sources, fp16 for GGUF, unless given")
     add("--allow-pickle", action="store_true", help="open PyTorch pickles, by torch.load(weights_only=True)")
     add("--max-shard-size", metavar="SIZE", help=SHARD_HELP)
-    add("--revision", metavar="BRANCH", help="branch, tag or commit of a repository")
-    add("--json", action="store_true", help="print one JSON object")
+    add_revision(convert)
+    add_json(convert)
 
     recover = command("recover", _recover, "a model from its original and a weight diff: tuned = raw + diff")
     add = recover.add_argument
@@ -31,7 +33,7 @@ def register(command: Callable) -> None:
     add("--dtype", default="float16", choices=("float16", "float32"), help="of the result (default: %(default)s)")
     add("--max-shard-size", metavar="SIZE", help=SHARD_HELP)
     add("--check", action="store_true", help="read the result again and compare raw with tuned - diff")
-    add("--json", action="store_true", help="print one JSON object")
+    add_json(recover)
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tinygptq.commands.arguments import add_device, add_json, add_model
 from tinygptq.errors import TinyGPTQError
 
 
 def register(command) -> None:
+    """Add the subcommand to the parser; see the package."""
     parser = command("eval", _eval, "benchmarks through lm-evaluation-harness: its tasks, and the card's table as suites")
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", help="a folder, or a repository of the hub as OWNER/NAME or OWNER/NAME:BRANCH")
-    add("--revision", metavar="BRANCH", help="branch, tag or commit of a repository")
+    add_model(parser, nargs="?")
     add("--tasks", metavar="NAME,...", help="suites (see --list) or tasks of the harness")
     add("--list", action="store_true", help="list the suites and stop")
     add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: as the task or suite says)")
@@ -32,8 +33,8 @@ def register(command) -> None:
         "from it")
     add("--seed", type=int, default=1234, help="of the choice of examples (default: %(default)s)")
     add("--run-code", action="store_true", help="allow tasks to run programs that the model writes, unprotected")
-    add("--json", action="store_true", help="print one JSON object")
-    add("--device", default="cpu", help="where to run (default: %(default)s)")
+    add_json(parser)
+    add_device(parser)
 
 
 def _eval(args: argparse.Namespace) -> None:

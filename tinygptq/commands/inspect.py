@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tinygptq.branches import BRANCHES
+from tinygptq.commands.arguments import add_json, add_model, add_revision
 from tinygptq.config import SUPPORTED_BITS, LlamaConfig, QuantizeConfig, read_json
 from tinygptq.errors import TinyGPTQError
 
@@ -16,19 +17,17 @@ from tinygptq.errors import TinyGPTQError
 def register(command: Callable) -> None:
     """Add ``inspect`` and ``size``; ``command(name, function, help)`` makes a subparser."""
     inspect = command("inspect", _inspect, "what a folder is, every problem found, and who can load it")
-    add = inspect.add_argument
-    add("model", metavar="MODEL", help="a folder, or a repository of the hub as OWNER/NAME or OWNER/NAME:BRANCH")
-    add("--revision", metavar="BRANCH", help="branch, tag or commit of a repository")
-    add("--json", action="store_true", help="print one JSON object")
+    add_model(inspect)
+    add_json(inspect)
 
     size = command("size", _size, "bytes on disk and in memory, from the configuration alone")
     add = size.add_argument
     add("model", metavar="CONFIG_OR_MODEL", help="a config.json, a folder that holds one, or a repository of the hub")
-    add("--revision", metavar="BRANCH", help="branch, tag or commit of a repository")
+    add_revision(size)
     add("--all-branches", action="store_true", help="the six published permutations, as in the model card")
     add("--bits", type=int, choices=SUPPORTED_BITS, help="as if quantised with so many bits")
     add("--group-size", type=int, metavar="N", help="rows that share a scale, -1 for all")
-    add("--json", action="store_true", help="print one JSON object")
+    add_json(size)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -6,14 +6,15 @@ import argparse
 import json
 from dataclasses import asdict
 
+from tinygptq.commands.arguments import add_device, add_json, add_model
 from tinygptq.errors import TinyGPTQError
 
 
 def register(command) -> None:
+    """Add the subcommand to the parser; see the package."""
     parser = command("perplexity", _perplexity, "perplexity over windows of a text, as papers measure it")
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder, or a repository of the hub as OWNER/NAME or OWNER/NAME:BRANCH")
-    add("--revision", metavar="BRANCH", help="branch, tag or commit of a repository")
+    add_model(parser)
     add("--dataset", required=True, metavar="NAME|FILE", help="wikitext2, ptb or c4 in its published form (the test split; "
         "of c4 256 windows of the validation split), or a .txt or .jsonl file as it is")
     add("--protocol", choices=("wikitext2",), help="read FILE as WikiText-2's raw split and join its rows by blank lines, "
@@ -22,8 +23,8 @@ def register(command) -> None:
     add("--stride", type=int, metavar="N", help="windows begin N tokens apart, and a token is predicted in the first that "
         "reaches it (default: no overlap)")
     add("--max-windows", type=int, metavar="N", help="stop after N windows")
-    add("--json", action="store_true", help="print one JSON object")
-    add("--device", default="cpu", help="where to run (default: %(default)s)")
+    add_json(parser)
+    add_device(parser)
 
 
 def _perplexity(args: argparse.Namespace) -> None:

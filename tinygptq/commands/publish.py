@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinygptq.branches import BRANCHES
+from tinygptq.commands.arguments import add_revision
 from tinygptq.errors import TinyGPTQError
 from tinygptq.templates import TEMPLATES
 
@@ -26,7 +27,7 @@ def register(command: Callable) -> None:
     add = branches.add_argument
     add("src", metavar="SRC", help="the model in fp16, bf16 or fp32: a folder or OWNER/NAME[:BRANCH]")
     add("out", metavar="OUT", help="folder to make the branches in; finished ones that are there already are kept")
-    add("--revision", metavar="BRANCH", help="branch, tag or commit of a repository")
+    add_revision(branches)
     add("--dataset", default="wikitext2", metavar="NAME|FILE", help="calibration text (default: %(default)s)")
     add("--nsamples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
     add("--seqlen", type=int, default=2048, metavar="N", help="tokens in each (default: %(default)s)")

@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
+from tinygptq.commands.arguments import add_json, add_model
 from tinygptq.errors import TinyGPTQError
 
 TEXT = (
@@ -15,16 +16,16 @@ TEXT = (
 
 
 def register(command) -> None:
+    """Add the subcommand to the parser; see the package."""
     parser = command("validate", _validate, "every linear and block beside transformers' in float32; the exit code says")
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder, or a repository of the hub as OWNER/NAME or OWNER/NAME:BRANCH")
-    add("--revision", metavar="BRANCH", help="branch, tag or commit of a repository")
+    add_model(parser)
     add("--reference", metavar="MODEL", help="what transformers runs, where it is another folder: an original beside a copy")
     add("--text", default=TEXT, metavar="TEXT", help="what to run (default: a few sentences)")
     add("--tokens", type=int, default=48, metavar="N", help="its first N tokens (default: %(default)s)")
     add("--tolerance", type=float, default=1e-3, metavar="F", help="largest difference allowed, as a share of the root mean "
         "square of torch's values (default: %(default)s)")
-    add("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def _validate(args: argparse.Namespace) -> None:
