@@ -313,3 +313,42 @@ def bits_from_float(typingctx, number):
         return builder.bitcast(args[0], I32)
 
     return types.uint32(types.float32), generate
+
+
+# Kernels that start before the one in front of them has ended (programmatic dependent launch)
+
+
+@intrinsic
+def wait_for_dependencies(typingctx):
+    """Wait until the kernels before this one have ended and all that they wrote can be seen: griddepcontrol.wait; from sm_90.
+
+    Without programmatic dependent launch it does nothing. Reads of what an earlier kernel wrote must come after it and must
+    not be ``ld.global.nc``, which a compiler may move.
+    """
+
+    def generate(context, builder, signature, args):
+        return _assembly(builder, ir.VoidType(), "griddepcontrol.wait;", "", [], True)
+
+    return types.void(), generate
+
+
+@intrinsic
+def launch_dependents(typingctx):
+    """Let the next kernel start once every block of this one has come here or ended: griddepcontrol.launch_dependents; from
+    sm_90. What the next kernel may touch before its :func:`wait_for_dependencies` is what no kernel writes."""
+
+    def generate(context, builder, signature, args):
+        return _assembly(builder, ir.VoidType(), "griddepcontrol.launch_dependents;", "", [], True)
+
+    return types.void(), generate
+
+
+@intrinsic
+def load_written_words(typingctx, array, index):
+    """16 bytes of global memory that an earlier kernel wrote: four uint32. ld.global.v4, kept in its place; from sm_50."""
+
+    def generate(context, builder, signature, args):
+        address = _address(context, builder, signature.args[0], *args, GLOBAL)
+        return _assembly(builder, [I32] * 4, "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [address], True)
+
+    return U32X4(array, types.int64), generate
