@@ -17,7 +17,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -89,7 +89,7 @@ def solve(
     H: np.ndarray | Factor,
     config: QuantizeConfig,
     *,
-    method: str | None = None,
+    method: str | Any = None,
     dtype: type = np.float32,
     name: str = "weight",
 ) -> Solution:
@@ -99,8 +99,10 @@ def solve(
         W: float [out, in]; not modified.
         H: float [in, in] from `Hessian.H`, not modified; or the `Factor` that `prepare` made of it.
         config: bits, group_size, sym, desc_act, static_groups, damp_percent, checkpoint_format, recipe are used.
-        method: "numba" (the fast twin, NumPy arrays only) or "definition" (NumPy or CuPy); None picks by the array.
-        dtype: of W, Hinv and all arithmetic on them, float32 or float64. H is factored in float64 always.
+        method: "numba" (the fast twin, NumPy arrays only), "definition" (NumPy or CuPy), or a module with twins of
+            `inverse_cholesky`, `quantize_columns` and `static_grids`; None picks one of the first two by the array.
+        dtype: of W, Hinv and all arithmetic on them, float32 or float64. H is factored in float64, or as a module of twins
+            chooses (it is given H as it is).
         name: what error messages and the log call this linear.
     Raises:
         TinyGPTQError: shapes that do not fit, NaN or infinity in W or H, an H that no damping makes positive definite, a
@@ -116,7 +118,7 @@ def solve(
     W = xp.where(factor.dead, W.dtype.type(0), W)  # (out, in)
     with _named(name):
         importance = factor.importance.astype(dtype, copy=False) if config.recipe.clip else None
-        find_grids = _static_grids if method == "definition" else _twin().static_grids
+        find_grids = _static_grids if method == "definition" else _twin(method).static_grids
         static = find_grids(W, config, importance) if config.grids_first else None
     k_to_group = xp.arange(W.shape[1]) // config.rows_per_group(W.shape[1])
     if factor.perm is None:
@@ -127,7 +129,7 @@ def solve(
         column_groups = k_to_group[factor.perm] if config.grids_first else k_to_group
         g_idx = xp.empty_like(column_groups)
         g_idx[factor.perm] = column_groups
-    quantize_all = quantize_columns if method == "definition" else _twin().quantize_columns
+    quantize_all = quantize_columns if method == "definition" else _twin(method).quantize_columns
     with _named(name):
         codes, scales, zeros, loss = quantize_all(
             W, factor.Hinv.astype(dtype, copy=False), config, column_groups, static, importance
@@ -189,7 +191,7 @@ def prepare(
     H: np.ndarray,
     config: QuantizeConfig,
     *,
-    method: str | None = None,
+    method: str | Any = None,
     dtype: type = np.float32,
     name: str = "Hessian",
 ) -> Factor:
@@ -211,11 +213,11 @@ def prepare(
     if config.in_act_order:
         perm = xp.argsort(-H.diagonal(), kind="stable")
         H = H[xp.ix_(perm, perm)]  # (in, in)
-    H = H.astype(np.float64)  # a copy, damped in place below
+    H = H.astype(np.float64 if isinstance(method, str) else H.dtype)  # a copy, damped in place below
     diagonal = H.diagonal().copy()
     mean = float(diagonal.sum() / max(1, int((diagonal != 0).sum())))
     diagonal[diagonal == 0] = 1
-    invert = inverse_cholesky if method == "definition" else _twin().inverse_cholesky
+    invert = inverse_cholesky if method == "definition" else _twin(method).inverse_cholesky
     Hinv, damp = _damped(H, diagonal, mean, config.damp_percent, invert, name)
     importance = xp.empty_like(diagonal)
     importance[slice(None) if perm is None else perm] = diagonal + damp * mean
@@ -330,8 +332,10 @@ def _checked_weights(W: np.ndarray, dtype: type, name: str) -> np.ndarray:
     return W
 
 
-def _check_method(method: str | None, array: np.ndarray) -> str:
+def _check_method(method: str | Any, array: np.ndarray) -> str | Any:
     on_cpu = isinstance(array, np.ndarray)
+    if method is not None and not isinstance(method, str):
+        return method
     if method is None:
         return "numba" if on_cpu else "definition"
     if method not in ("numba", "definition") or (method == "numba" and not on_cpu):
@@ -339,7 +343,9 @@ def _check_method(method: str | None, array: np.ndarray) -> str:
     return method
 
 
-def _twin():
+def _twin(method: str | Any) -> Any:
+    if not isinstance(method, str):
+        return method
     from tinygptq.gptq import solver_numba  # only here: importing Numba takes longer than the definition's whole run
 
     return solver_numba
