@@ -103,8 +103,9 @@ class Kernel:
         return ObjectCode.from_cubin(code).get_kernel(entry)
 
     def _entry(self, code: bytes) -> str:
-        """The kernel's mangled name, which stands in the cubin's section ``.text.NAME``."""
-        start = code.index(b"\0.text.") + len(b"\0.text.")
+        """The kernel's mangled name: unlike helpers beside it, a kernel has a section ``.nv.constant0.NAME``."""
+        mark = b"\0.nv.constant0."
+        start = code.index(mark) + len(mark)
         return code[start : code.index(b"\0", start)].decode()
 
     def _name(self, signature: tuple, card: tuple[int, int]) -> str:
