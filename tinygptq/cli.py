@@ -8,11 +8,9 @@ import argparse
 import contextlib
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
@@ -72,12 +70,12 @@ def _quantize(args: argparse.Namespace) -> None:
         device=args.device,
         revision=args.revision,
         resume=args.resume,
+        report=args.report,
     )
     size = (report.folder / "model.safetensors").stat().st_size
     if args.json:
-        # rounding has no loss; JSON has no NaN
-        linears = [asdict(linear) | ({"loss": None} if math.isnan(linear.loss) else {}) for linear in report.linears]
-        print(json.dumps({"folder": str(report.folder), "bytes": size, "seconds": report.seconds, "linears": linears}))
+        facts = {"folder": str(report.folder), "bytes": size, "seconds": report.seconds, "stages": report.stages}
+        print(json.dumps(facts | {"linears": [linear.to_json() for linear in report.linears]}))
     else:
         print(f"{report.folder}: {size:,} bytes, {len(report.linears)} linears in {report.seconds:.1f} s")
 
@@ -162,8 +160,9 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-format", default="gptq", choices=("gptq", "gptq_v2"), help="how zero points are stored (gptq)")
     add("--resume", action="store_true", help="continue an earlier run that was cut off, at the block it had reached; "
         "also keep what this one has done if an error or Ctrl-C stops it (one that is killed can be continued in any case)")
+    add("--report", metavar="FILE.png", help="draw every linear's error, beside that of rounding to nearest ([plot])")
     add_json(parser)
-    add_device(parser, choices=("cpu",))
+    add_device(parser, choices=("cpu", "cuda"))
 
 
 def _quantize_config(args: argparse.Namespace) -> QuantizeConfig:

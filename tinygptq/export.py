@@ -21,7 +21,8 @@ from tinygptq.checkpoint import Checkpoint, linear_names, norm_names
 from tinygptq.config import LlamaConfig, QuantizeConfig, read_json
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq import Solution
-from tinygptq.packing import pack
+from tinygptq.ops import array_module
+from tinygptq.packing import pack, unpack
 from tinygptq.tensorfile import TensorFileWriter
 
 # Copied as they are. Weights and both configs are written anew; anything else in the source folder stays there.
@@ -95,13 +96,13 @@ def require_packable(config: LlamaConfig, quantization: QuantizeConfig) -> None:
 
 
 def gptq_tensors(solution: Solution, quantization: QuantizeConfig) -> dict[str, np.ndarray]:
-    """The four tensors of one linear as files hold them; the solver's own codes, never re-derived ones.
+    """The four tensors of one linear as files hold them; the solver's own codes, never re-derived ones. NumPy or CuPy.
 
     Raises:
         TinyGPTQError: format ``gptq`` stores ``zero - 1`` and so cannot hold a zero point of 0, nor one of 2^bits: its
             stored form is what a wrapped 0 looks like, and readers disagree which it is.
     """
-    bits, stored = quantization.bits, solution.zeros.T.astype(np.int64)  # (G, N)
+    xp, bits, stored = array_module(solution.codes), quantization.bits, solution.zeros.T.astype(np.int64)  # (G, N)
     if quantization.checkpoint_format == "gptq":
         if (stored < 1).any():
             raise TinyGPTQError("a zero point of 0 cannot be written in format 'gptq'; use 'gptq_v2'")
@@ -109,11 +110,20 @@ def gptq_tensors(solution: Solution, quantization: QuantizeConfig) -> dict[str, 
             raise TinyGPTQError(f"a zero point of {stored.max()} is beyond the largest code of {bits} bits")
         stored = stored - 1
     return {
-        "qweight": pack(solution.codes.T, bits).view(np.int32),  # (K*bits/32, N)
-        "qzeros": np.ascontiguousarray(pack(stored.T, bits).T).view(np.int32),  # (G, N*bits/32)
-        "scales": np.ascontiguousarray(solution.scales.T),  # (G, N)
+        "qweight": pack(xp.ascontiguousarray(solution.codes.T), bits).view(np.int32),  # (K*bits/32, N)
+        "qzeros": xp.ascontiguousarray(pack(stored.T, bits).T).view(np.int32),  # (G, N*bits/32)
+        "scales": xp.ascontiguousarray(solution.scales.T),  # (G, N)
         "g_idx": solution.g_idx.astype(np.int32),
     }
+
+
+def solution_of(tensors: Mapping[str, np.ndarray], quantization: QuantizeConfig) -> Solution:
+    """The inverse of :func:`gptq_tensors`; loss and damping, which files do not hold, are NaN."""
+    bits, outputs = quantization.bits, tensors["scales"].shape[1]
+    codes = unpack(tensors["qweight"], bits, len(tensors["g_idx"])).T  # (N, K)
+    stored = unpack(tensors["qzeros"].T.copy(), bits, outputs)  # (N, G)
+    zeros = stored.astype(np.uint16) + np.uint16(quantization.checkpoint_format == "gptq")
+    return Solution(codes, tensors["scales"].T, zeros, tensors["g_idx"], np.nan, np.nan)
 
 
 class QuantizedFolderWriter:
@@ -151,7 +161,11 @@ class QuantizedFolderWriter:
             self._file.write(f"{name}.bias", to_half(weights.linears[name].bias, name))
 
     def write(self, name: str, solution: Solution) -> None:
-        for part, tensor in gptq_tensors(solution, self.quantization).items():
+        self.write_tensors(name, gptq_tensors(solution, self.quantization))
+
+    def write_tensors(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
+        """One linear, from what :func:`gptq_tensors` made of it."""
+        for part, tensor in tensors.items():
             self._file.write(f"{name}.{part}", tensor)
             self.checksums[f"{name}.{part}"] = zlib.crc32(np.ascontiguousarray(tensor))
 

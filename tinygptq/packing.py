@@ -27,13 +27,13 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     Raises:
         TinyGPTQError: a code out of range, or a count that does not fill whole words.
     """
-    codes = np.asarray(codes)
+    codes = _array(codes)
     count = codes.shape[0]
     if count * bits % 32:
         raise TinyGPTQError(f"{count} codes of {bits} bits do not fill whole 32-bit words")
     if codes.size and (codes.min() < 0 or codes.max() >= 1 << bits):
         raise TinyGPTQError(f"codes from {codes.min()} to {codes.max()} do not fit in {bits} bits")
-    words = np.zeros((count * bits // 32, *codes.shape[1:]), np.uint32)
+    words = np.zeros_like(codes, np.uint32, "C", shape=(count * bits // 32, *codes.shape[1:]))
     per_turn, words_per_turn = _turn(bits)
     for i in range(per_turn):  # every turn of the pattern has the same shifts, so one strided line packs them all
         code = codes[i::per_turn].astype(np.uint32)
@@ -46,14 +46,14 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     """The inverse of :func:`pack`: the first ``count`` codes of uint32/int32 words [R, ...] -> uint8/uint16 [count, ...]."""
-    words = np.asarray(words).view(np.uint32)
+    words = _array(words).view(np.uint32)
     per_turn, words_per_turn = _turn(bits)
     if words.shape[0] * 32 < count * bits:
         raise TinyGPTQError(f"{words.shape[0]} words hold fewer than {count} codes of {bits} bits")
     if words.shape[0] % words_per_turn:
         raise TinyGPTQError(f"{words.shape[0]} words are no whole number of {words_per_turn}-word turns of {bits} bits")
     turns = words.shape[0] // words_per_turn
-    codes = np.empty((turns * per_turn, *words.shape[1:]), np.uint8 if bits <= 8 else np.uint16)
+    codes = np.empty_like(words, np.uint8 if bits <= 8 else np.uint16, "C", shape=(turns * per_turn, *words.shape[1:]))
     mask = np.uint32((1 << bits) - 1)
     for i in range(per_turn):
         word, shift = divmod(i * bits, 32)
@@ -62,6 +62,11 @@ def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
             code = code | words[word + 1 :: words_per_turn] << np.uint32(32 - shift)
         codes[i::per_turn] = code & mask
     return codes[:count]
+
+
+def _array(values: np.ndarray) -> np.ndarray:
+    """As an array of NumPy's own class; CuPy's stay where they are."""
+    return values if hasattr(values, "__cuda_array_interface__") else np.asarray(values)
 
 
 def _turn(bits: int) -> tuple[int, int]:

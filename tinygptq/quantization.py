@@ -8,9 +8,11 @@ times.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +23,44 @@ from tinygptq import memory
 from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import QuantizedFolderWriter, gptq_tensors, require_packable
+from tinygptq.export import QuantizedFolderWriter, require_packable
 from tinygptq.facts import calibration_facts, made_by
 from tinygptq.gptq import Hessian, Solution, prepare, round_to_nearest, solve
-from tinygptq.gptq_files import from_gptq
 from tinygptq.hub import model_name, resolve
 from tinygptq.model import Llama
-from tinygptq.packing import PackedLinear
+from tinygptq.placement import Host, fast_model, packed, place_named
+from tinygptq.quantize_report import (
+    DeadInputs,
+    LinearReport,
+    plot,
+    require_plot,
+    rounding_loss,
+    warn_of_little_text,
+    write_log,
+)
 from tinygptq.resume import Progress, fingerprint, unfinished_folder
-from tinygptq.weights import Linear, Weights
+from tinygptq.weights import Weights
+from tinygptq.write_behind import WriteBehind
+
+__all__ = ["LinearReport", "QuantizeReport", "fast_model", "packed", "quantize", "quantize_blocks", "quantize_weights"]
 
 log = logging.getLogger("tinygptq")
-
-TOKENS_AT_ONCE = 8192  # calibration tokens that go through a stage together; enough to keep BLAS busy
-KEEP_BYTES = 4 << 30  # activations of one stage are kept up to this size, and recomputed when needed beyond it
 
 QKV = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj")  # the order in which AutoGPTQ solves them
 GATE_UP = ("mlp.up_proj", "mlp.gate_proj")
 
 
 @dataclass(frozen=True)
-class LinearReport:
-    """How one linear fared: loss as in :class:`tinygptq.gptq.Solution`, damping actually used, seconds of solving."""
-
-    name: str
-    loss: float
-    damp: float
-    seconds: float
-
-
-@dataclass(frozen=True)
 class QuantizeReport:
-    """What :func:`quantize` did: the folder, seconds of work (of a resumed run, both parts), one entry for each linear."""
+    """What :func:`quantize` did: the folder, seconds of work (of a resumed run, both parts), one entry for each linear.
+
+    stages: seconds of this run by the kind of work; packing and writing (and on a GPU, reading) go on beside the rest.
+    """
 
     folder: Path
     seconds: float
     linears: list[LinearReport]
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 def quantize(
@@ -73,6 +77,7 @@ def quantize(
     device: str = "cpu",
     revision: str | None = None,
     resume: bool = False,
+    report: str | Path | None = None,
 ) -> QuantizeReport:
     """Quantise the model ``src`` (fp16, bf16 or fp32; a folder, or ``owner/name:branch``) into the new folder ``out``.
 
@@ -82,19 +87,25 @@ def quantize(
         seed: which windows of a named set are drawn.
         template: prompt template that instruction sets are rendered with.
         method: ``gptq``, or ``rtn`` for rounding to nearest (no calibration text is read).
+        device: ``cpu``, or ``cuda`` for an NVIDIA GPU (needs the extra [cuda]).
         revision: branch, tag or commit when ``src`` is a repository.
         resume: go on where an earlier run with the same arguments was cut off, if there was one (see tinygptq/resume.py);
-            on as many threads as that one, the folder is bit for bit what an uninterrupted run writes.
+            on as many threads as that one, or on the same GPU, the folder is bit for bit what an uninterrupted run writes
+            (but for the seconds in quantize_log.csv).
+        report: a PNG to draw the errors to, of each linear beside those of rounding to nearest (needs the extra [plot]).
 
     Raises:
         TinyGPTQError: anything the user can mend; nothing half-written stays behind, but with ``resume`` the blocks done.
     """
-    if device != "cpu":
-        raise TinyGPTQError(f"device {device!r} is not available for quantising; use 'cpu'")
+    place = place_named(device)
     if method not in ("gptq", "rtn"):
         raise TinyGPTQError(f"method is {method!r}, expected 'gptq' or 'rtn'")
     if seed < 0:
         raise TinyGPTQError(f"seed is {seed}, expected at least 0")
+    if report is not None and method != "gptq":
+        raise TinyGPTQError("rounding to nearest measures no errors that a report could show")
+    if report is not None:
+        require_plot(report)
     config = config or QuantizeConfig()
     source = load_checkpoint(resolve(src, revision))
     if source.quantization is not None:
@@ -105,25 +116,43 @@ def quantize(
         ids, meta = _calibration(source, *text) if text else (None, made_by())
         meta |= {"recipe": asdict(config.recipe)} if text else {}
         facts = {"meta": meta, "model_name_or_path": model_name(source.folder)}
-        reports = _solve_and_write(progress, source, ids, config, facts)
-    return QuantizeReport(Path(out), progress.seconds, reports)
+        reports = _solve_and_write(progress, source, ids, config, facts, place)
+        if text:
+            write_log(reports, progress.folder)
+    if report is not None:
+        plot(reports, report, f"{model_name(source.folder)}, {config.bits} bits, groups of {config.group_size}")
+    return QuantizeReport(Path(out), progress.seconds, reports, place.clock.seconds)
 
 
 @memory.kept()
 def _solve_and_write(
-    progress: Progress, source: Checkpoint, ids: np.ndarray | None, config: QuantizeConfig, facts: dict[str, Any]
+    progress: Progress,
+    source: Checkpoint,
+    ids: np.ndarray | None,
+    config: QuantizeConfig,
+    facts: dict[str, Any],
+    place: Host,
 ) -> list[LinearReport]:
     """Begin the folder, or go on with what is done of it, to its end."""
-    hidden = progress.begin(fingerprint(source.folder, ids, config))
+    saved = progress.begin(fingerprint(source.folder, ids, config, place.name))
     reports = [LinearReport(**linear) for linear in progress.linears]
-    with QuantizedFolderWriter(progress.folder, source, config, facts, progress.tensors) as writer:
+    if ids is not None:
+        warn_of_little_text(*ids.shape)
+    with (
+        place.session(),
+        QuantizedFolderWriter(progress.folder, source, config, facts, progress.tensors) as file,
+        WriteBehind(file, place.clock.add) as writer,
+    ):
+        model, hidden = place.model(source), None
+        place.announce(source, ids, config)
+        if saved is not None:
+            hidden = place.restored(saved, model, ids, config, progress.blocks, progress.folder)
 
-        def save(done: int, hidden: list[np.ndarray]) -> None:
-            progress.save(done, hidden, writer, [asdict(report) for report in reports])
+        def save(done: int, hidden: Any) -> None:
+            progress.save(done, place.saved(hidden), writer, [asdict(report) for report in reports])
 
-        model = fast_model(source, dict(source.weights.linears))
-        for name, solution, report in quantize_blocks(model, ids, config, progress.blocks, hidden, after_block=save):
-            writer.write(name, solution)
+        for name, solution, report in quantize_blocks(model, ids, config, progress.blocks, hidden, save, place):
+            writer.write(name, place.tensors(solution, config))
             reports.append(report)
     return reports
 
@@ -147,14 +176,6 @@ def quantize_weights(source: Checkpoint, ids: np.ndarray | None, config: Quantiz
     return model.weights
 
 
-def fast_model(source: Checkpoint, linears: dict[str, Linear]) -> Llama:
-    """The definition of the forward pass with the CPU kernels plugged in, over its own dict of linears."""
-    from tinygptq.kernels import cpu  # only here: importing Numba takes a while
-
-    weights = Weights(source.weights.embedding, source.weights.head, source.weights.norms, linears)
-    return Llama(source.config, weights, cpu)
-
-
 # -------------------------------------------------------------------------------------------------- the block loop
 
 
@@ -163,8 +184,9 @@ def quantize_blocks(
     ids: np.ndarray | None,
     config: QuantizeConfig,
     done: int = 0,
-    hidden: list[np.ndarray] | None = None,
-    after_block: Callable[[int, list[np.ndarray]], None] | None = None,
+    hidden: Any = None,
+    after_block: Callable[[int, Any], None] | None = None,
+    place: Host | None = None,
 ) -> Iterator[tuple[str, Solution, LinearReport]]:
     """Solve every linear, in the order in which the model runs them, replacing each in ``model`` by its packed form.
 
@@ -173,95 +195,113 @@ def quantize_blocks(
         done, hidden: begin after this many blocks, with the residual stream that their quantised forms give.
         after_block: called between two blocks with what ``done`` and ``hidden`` would be to begin there; it may not keep
             the arrays, which the next block changes.
+        place: where the model's arrays are and the work is done; this machine's processor by default.
     """
-    blocks = model.config.num_hidden_layers
+    place, blocks, dead = place or Host(), model.config.num_hidden_layers, DeadInputs()
     if hidden is None:
-        hidden = [] if ids is None else [model.embed(batch) for batch in _batches(ids)]  # each (B, T, C)
+        hidden = [] if ids is None else place.embed(model, ids)  # each (B, T, C)
     with tqdm(total=7 * blocks, initial=7 * done, desc="quantise", unit="linear", disable=None) as bar:
         for layer in range(done, blocks):
-            if ids is None:
-                solved = _round_block(model, layer, config)
-            elif config.true_sequential:
-                solved = _solve_block_in_stages(model, layer, hidden, config)
-            else:
-                solved = _solve_block_at_once(model, layer, hidden, config)
-            for name, solution, report in solved:
-                log.debug("%s: loss %.4g, damping %g, %.2f s", name, report.loss, report.damp, report.seconds)
-                bar.set_postfix_str(f"block {layer} {name.rpartition('.')[2]} loss {report.loss:.3g}")
-                bar.update()
-                yield name, solution, report
+            with place.block(model, layer):
+                for name, solution, report in _solve_block(model, layer, hidden if ids is not None else None, config, place):
+                    log.debug("%s", report)
+                    bar.set_postfix_str(f"block {layer} {report.linear} loss {report.loss:.3g}")
+                    bar.update()
+                    dead.add(name, report.dead, solution.codes.shape[1])
+                    yield name, solution, report
             if after_block is not None and layer + 1 < blocks:
                 after_block(layer + 1, hidden)
+    dead.sum_up()
 
 
-def _batches(ids: np.ndarray) -> list[np.ndarray]:
-    """Whole windows, about TOKENS_AT_ONCE tokens together."""
-    size = max(1, TOKENS_AT_ONCE // ids.shape[1])
-    return [ids[i : i + size] for i in range(0, len(ids), size)]
+def _solve_block(model: Llama, layer: int, hidden: Any, config: QuantizeConfig, place: Host):
+    if hidden is None:
+        return _round_block(model, layer, config, place)
+    if config.true_sequential:
+        return _solve_block_in_stages(model, layer, hidden, config, place)
+    return _solve_block_at_once(model, layer, hidden, config, place)
 
 
-def _round_block(model: Llama, layer: int, config: QuantizeConfig):
+def _round_block(model: Llama, layer: int, config: QuantizeConfig, place: Host):
     for name in model.config.linear_shapes():
-        yield _replace(model, layer, name, config, lambda W, full: round_to_nearest(W, config, name=full))
+        yield _replace(model, layer, name, config, lambda W, full: round_to_nearest(W, config, name=full), place)
 
 
-def _solve_block_in_stages(model: Llama, layer: int, hidden: list[np.ndarray], config: QuantizeConfig):
+def _solve_block_in_stages(model: Llama, layer: int, hidden: Any, config: QuantizeConfig, place: Host):
     """True-sequential: each stage sees the quantised linears before it. ``hidden`` becomes the block's output, in place."""
-    inputs = Activations(lambda: (model.attention_input(layer, h) for h in hidden))
-    yield from _solve(model, layer, QKV, inputs, config)
-    mixed = Activations(lambda: (model.attention_mix(layer, x) for x in inputs), hidden[0].nbytes * len(hidden))
-    yield from _solve(model, layer, ("self_attn.o_proj",), mixed, config)
-    _add_to(hidden, (model.linear(layer, "self_attn.o_proj", x) for x in mixed))
-    inputs = Activations(lambda: (model.mlp_input(layer, h) for h in hidden))
-    yield from _solve(model, layer, GATE_UP, inputs, config)
-    widening = model.config.intermediate_size / model.config.hidden_size
-    mixed = Activations(lambda: (model.mlp_mix(layer, x) for x in inputs), hidden[0].nbytes * len(hidden) * widening)
-    yield from _solve(model, layer, ("mlp.down_proj",), mixed, config)
+    nbytes, C, inner = place.nbytes(hidden), model.config.hidden_size, model.config.intermediate_size
+    inputs = Activations(place, lambda: (model.attention_input(layer, h) for h in hidden))
+    yield from _solve(model, layer, QKV, inputs, config, place)
+    mixed = Activations(place, lambda: (model.attention_mix(layer, x) for x in inputs), nbytes, C)
+    yield from _solve(model, layer, ("self_attn.o_proj",), mixed, config, place)
+    _add_to(hidden, (model.linear(layer, "self_attn.o_proj", x) for x in mixed), place)
+    inputs = Activations(place, lambda: (model.mlp_input(layer, h) for h in hidden))
+    yield from _solve(model, layer, GATE_UP, inputs, config, place)
+    mixed = Activations(place, lambda: (model.mlp_mix(layer, x) for x in inputs), nbytes * inner / C, inner)
+    yield from _solve(model, layer, ("mlp.down_proj",), mixed, config, place)
     if layer + 1 < model.config.num_hidden_layers:  # nobody reads the last block's output
-        _add_to(hidden, (model.linear(layer, "mlp.down_proj", x) for x in mixed))
+        _add_to(hidden, (model.linear(layer, "mlp.down_proj", x) for x in mixed), place)
 
 
-def _solve_block_at_once(model: Llama, layer: int, hidden: list[np.ndarray], config: QuantizeConfig):
+def _solve_block_at_once(model: Llama, layer: int, hidden: Any, config: QuantizeConfig, place: Host):
     """All seven linears calibrated on the unquantised block; then ``hidden`` goes through the quantised one."""
     shapes = model.config.linear_shapes()
     stages = (QKV, ("self_attn.o_proj",), GATE_UP, ("mlp.down_proj",))
-    hessians = [Hessian(shapes[names[0]][0]) for names in stages]
-    for h in hidden:
-        attention = model.attention_input(layer, h)
-        mixed = model.attention_mix(layer, attention)
-        after = h + model.linear(layer, "self_attn.o_proj", mixed)
-        mlp = model.mlp_input(layer, after)
-        for hessian, x in zip(hessians, (attention, mixed, mlp, model.mlp_mix(layer, mlp)), strict=True):
-            _add(hessian, x, layer)
+    hessians = [place.hessian(shapes[names[0]][0]) for names in stages]
+    for inputs in place.clock.each("forward", (_stage_inputs(model, layer, h) for h in hidden)):
+        for hessian, x in zip(hessians, inputs, strict=True):
+            _add(hessian, x, layer, place)
     for names, hessian in zip(stages, hessians, strict=True):
-        yield from _solve_with(model, layer, names, hessian, config)
-    for i, h in enumerate(hidden):
-        hidden[i] = model.block(layer, h)
+        yield from _solve_with(model, layer, names, hessian, config, place)
+    with place.clock("forward"):
+        for i, h in enumerate(hidden):
+            hidden[i] = model.block(layer, h)
+
+
+def _stage_inputs(model: Llama, layer: int, h: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What the four stages of a block give for one batch, the block as it is."""
+    attention = model.attention_input(layer, h)
+    mixed = model.attention_mix(layer, attention)
+    mlp = model.mlp_input(layer, h + model.linear(layer, "self_attn.o_proj", mixed))
+    return attention, mixed, mlp, model.mlp_mix(layer, mlp)
 
 
 class Activations:
     """One stage's activations, batch by batch: computed once and kept, or computed at each pass when too large to keep."""
 
-    def __init__(self, compute: Callable[[], Iterator[np.ndarray]], nbytes: float = np.inf) -> None:
-        self._compute, self._keep = compute, nbytes <= KEEP_BYTES
+    def __init__(
+        self, place: Host, compute: Callable[[], Iterator[np.ndarray]], nbytes: float = np.inf, width: int = 0
+    ) -> None:
+        self._compute, self._clock, self._keep = compute, place.clock, place.keeps(nbytes, width)
         self._kept: list[np.ndarray] | None = None
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        if not self._keep:
-            return self._compute()
-        if self._kept is None:
-            self._kept = list(self._compute())
-        return iter(self._kept)
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept = []
+        for x in self._clock.each("forward", self._compute()):
+            if self._keep:
+                kept.append(x)
+            yield x
+        if self._keep:
+            self._kept = kept
 
 
-def _add_to(hidden: list[np.ndarray], updates: Iterator[np.ndarray]) -> None:
-    for i, update in enumerate(updates):
+def _add_to(hidden: Any, updates: Iterable[np.ndarray], place: Host) -> None:
+    for i, update in enumerate(place.clock.each("forward", updates)):
         hidden[i] += update
 
 
-def _add(hessian: Hessian, x: np.ndarray, layer: int) -> None:
-    try:
+def _add(hessian: Hessian, x: np.ndarray, layer: int, place: Host) -> None:
+    with place.clock("Hessian"), _of_block(layer):
         hessian.add(x)
+
+
+@contextmanager
+def _of_block(layer: int) -> Iterator[None]:
+    try:
+        yield
     except TinyGPTQError as error:
         raise TinyGPTQError(f"block {layer}: {error}") from None
 
@@ -269,34 +309,48 @@ def _add(hessian: Hessian, x: np.ndarray, layer: int) -> None:
 # -------------------------------------------------------------------------------------------------- one linear
 
 
-def _solve(model: Llama, layer: int, names: tuple[str, ...], inputs: Activations, config: QuantizeConfig):
+def _solve(model: Llama, layer: int, names: tuple[str, ...], inputs: Activations, config: QuantizeConfig, place: Host):
     """Solve the linears that share ``inputs``."""
-    hessian = Hessian(model.config.linear_shapes()[names[0]][0])
+    hessian = place.hessian(model.config.linear_shapes()[names[0]][0])
     for x in inputs:
-        _add(hessian, x, layer)
-    yield from _solve_with(model, layer, names, hessian, config)
+        _add(hessian, x, layer, place)
+    yield from _solve_with(model, layer, names, hessian, config, place)
 
 
-def _solve_with(model: Llama, layer: int, names: tuple[str, ...], hessian: Hessian, config: QuantizeConfig):
+def _solve_with(model: Llama, layer: int, names: tuple[str, ...], hessian: Hessian, config: QuantizeConfig, place: Host):
+    with place.clock("Hessian"), _of_block(layer):
+        H = hessian.H
     shared = f"model.layers.{layer}.{' '.join(names)}"
-    factor = prepare(hessian.H, config, name=shared)
+    with place.clock("Cholesky"):
+        factor = prepare(H, config, method=place.solver, name=shared)
+        dead = int(factor.dead.sum())
     for name in names:
-        yield _replace(model, layer, name, config, lambda W, full: solve(W, factor, config, name=full))
+
+        def solver(W: np.ndarray, full: str) -> Solution:
+            return solve(W, factor, config, method=place.solver, name=full)
+
+        yield _replace(model, layer, name, config, solver, place, lambda W: rounding_loss(W, H, factor, config, place), dead)
 
 
 def _replace(
-    model: Llama, layer: int, name: str, config: QuantizeConfig, solver: Callable[[np.ndarray, str], Solution]
+    model: Llama,
+    layer: int,
+    name: str,
+    config: QuantizeConfig,
+    solver: Callable[[np.ndarray, str], Solution],
+    place: Host,
+    baseline: Callable[[np.ndarray], float] = lambda W: math.nan,
+    dead: int = 0,
 ) -> tuple[str, Solution, LinearReport]:
     """Solve one linear and put exactly what the file will hold in its place."""
     full = f"model.layers.{layer}.{name}"
     started, dense = time.perf_counter(), model.weights.linears[full]
-    W = np.asarray(dense.weight, np.float32)  # (out, in)
-    solution = solver(W, full)
-    model.weights.linears[full] = packed(solution, config, dense.bias)
-    return full, solution, LinearReport(full, solution.loss, solution.damp, time.perf_counter() - started)
-
-
-def packed(solution: Solution, config: QuantizeConfig, bias: np.ndarray | None = None) -> PackedLinear:
-    """A solution as kernels see it, by way of the tensors that are written."""
-    return from_gptq(gptq_tensors(solution, config), config, bias)
-
+    with place.clock("solver"):
+        W = place.weight(dense)  # (out, in)
+        solution = solver(W, full)
+    seconds = time.perf_counter() - started
+    with place.clock("comparison with RTN"):
+        rtn_loss = baseline(W)
+    with place.clock("forward"):
+        model.weights.linears[full] = place.replacement(solution, config, dense.bias)
+    return full, solution, LinearReport(full, solution.loss, rtn_loss, solution.damp, dead, seconds)

@@ -52,7 +52,7 @@ except ImportError:  # not a POSIX system: nothing then keeps two runs from one 
 
 log = logging.getLogger("tinygptq")
 
-FORMAT = 1
+FORMAT = 2
 SAVE_SHARE = 0.02  # of the time; SmolLM2-135M with 32 windows of 512: a save takes 0.08 s (38 MB), a block 2 to 4 s
 
 
@@ -193,7 +193,7 @@ class Progress:
         self._require_intact_tensors()
         hidden = self._read_activations()
         log.info("%s: %d blocks are done; continuing", self.out, self.blocks)
-        if self._state.threads != threads.count():
+        if self._state.threads != threads.count() and fingerprint["device"] == "cpu":
             log.warning("%s: begun on %d threads, continued on %d; weights may differ in a few codes from those of one run",
                         self.out, self._state.threads, threads.count())  # fmt: skip
         self.begun = True
@@ -337,7 +337,7 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------- the fingerprint
 
 
-def fingerprint(source: Path, ids: np.ndarray | None, config: QuantizeConfig) -> dict[str, Any]:
+def fingerprint(source: Path, ids: np.ndarray | None, config: QuantizeConfig, device: str = "cpu") -> dict[str, Any]:
     """What must be the same for two runs to do the same.
 
     The model is told by the sizes and times of change of its files, as make does: reading 13 GB twice to hash them would
@@ -347,11 +347,13 @@ def fingerprint(source: Path, ids: np.ndarray | None, config: QuantizeConfig) ->
     Args:
         ids: the calibration windows, int [samples, T], or None for rounding to nearest; their tokens stand for text,
             tokenizer, seed, template and lengths together.
+        device: where the work is done; another one rounds sums in another way.
     """
     files = sorted([source / "config.json", *source.glob("*.safetensors")])
     stats = {path.name: path.stat() for path in files}
     return {
         "version": made_by()["quantizer"][0],
+        "device": device,
         "model": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         "text": None if ids is None else [list(ids.shape), hashlib.sha256(np.ascontiguousarray(ids, np.int64)).hexdigest()],
         "config": asdict(config),
@@ -362,6 +364,8 @@ def _difference(begun: dict[str, Any], now: dict[str, Any]) -> str | None:
     """The first thing that differs, in words; None if nothing does."""
     if begun["version"] != now["version"]:
         return f"{begun['version']}, and this is {now['version']}"
+    if begun["device"] != now["device"]:
+        return f"device {begun['device']}, not {now['device']}"
     for name in sorted({*begun["model"], *now["model"]}):
         if begun["model"].get(name) != now["model"].get(name):
             return f"another model ({name} has another size or time of change)"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import random_llama_folder
 
-from tinygptq import ops, quantization
+from tinygptq import ops, placement
 from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import RECIPES, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
@@ -112,7 +112,7 @@ def test_memory_settings_change_nothing_but_rounding(source, monkeypatch, change
     config = QuantizeConfig(4, 32, recipe=RECIPES["plain"])  # act-order would turn rounding into another order
     _, expected, _ = run(source, config)
     for name, value in change.items():
-        monkeypatch.setattr(quantization, name, value)
+        monkeypatch.setattr(placement, name, value)
     _, found, _ = run(source, config)
     for name, solution in expected.items():
         assert (solution.codes == found[name].codes).mean() > (0.99 if "TOKENS_AT_ONCE" in change else 0.9999), name

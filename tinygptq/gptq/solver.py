@@ -213,7 +213,8 @@ def prepare(
     if config.in_act_order:
         perm = xp.argsort(-H.diagonal(), kind="stable")
         H = H[xp.ix_(perm, perm)]  # (in, in)
-    H = H.astype(np.float64 if isinstance(method, str) else H.dtype)  # a copy, damped in place below
+    wide = np.float64 if isinstance(method, str) else H.dtype
+    H = H.astype(wide, copy=perm is None)  # a copy in any case, damped in place below
     diagonal = H.diagonal().copy()
     mean = float(diagonal.sum() / max(1, int((diagonal != 0).sum())))
     diagonal[diagonal == 0] = 1

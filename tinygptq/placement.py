@@ -1,0 +1,199 @@
+"""Where quantising is done: :class:`Host` is this machine's processor and memory, placement_cuda.Card a GPU.
+
+The block loop in quantization.py knows no more of either than these methods, and is written once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tinygptq import threads
+from tinygptq.checkpoint import Checkpoint
+from tinygptq.config import LlamaConfig, QuantizeConfig
+from tinygptq.errors import TinyGPTQError
+from tinygptq.export import gptq_tensors
+from tinygptq.gptq import Hessian, Solution
+from tinygptq.gptq_files import from_gptq
+from tinygptq.model import Llama
+from tinygptq.packing import PackedLinear
+from tinygptq.weights import Linear, Weights
+
+TOKENS_AT_ONCE = 8192  # calibration tokens that go through a stage together; enough to keep BLAS busy
+KEEP_BYTES = 4 << 30  # activations of one stage are kept up to this size, and recomputed when needed beyond it
+
+log = logging.getLogger("tinygptq")
+
+T = TypeVar("T")
+
+
+class Clock:
+    """Seconds spent on each part of the work: ``with clock("forward"): ...``; what is nested belongs to the outer part."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = defaultdict(float)
+        self._running, self._lock = threading.local(), threading.Lock()
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        if getattr(self._running, "part", None) is not None:
+            yield
+            return
+        self._running.part, mark = part, self._now()
+        try:
+            yield
+        finally:
+            self._running.part = None
+            self._add(part, mark)
+
+    def each(self, part: str, items: Iterable[T]) -> Iterator[T]:
+        """The same items; the time until each is there counts as ``part``."""
+        items = iter(items)
+        while True:
+            with self(part):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return dict(self._spent)
+
+    def add(self, part: str, seconds: float) -> None:
+        """From another thread."""
+        with self._lock:
+            self._spent[part] += seconds
+
+    def _now(self) -> Any:
+        return time.perf_counter()
+
+    def _add(self, part: str, mark: Any) -> None:
+        self.add(part, time.perf_counter() - mark)
+
+
+class Host:
+    """This machine's processor and memory."""
+
+    name = "cpu"  # what a run's fingerprint calls it
+    solver: Any = "numba"  # solve's ``method``
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+
+    def session(self) -> AbstractContextManager:
+        """All work goes on within it."""
+        return contextlib.nullcontext()
+
+    def model(self, source: Checkpoint) -> Llama:
+        return fast_model(source, dict(source.weights.linears))
+
+    def batches(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Whole windows, about TOKENS_AT_ONCE tokens together."""
+        size = max(1, TOKENS_AT_ONCE // ids.shape[1])
+        return [ids[i : i + size] for i in range(0, len(ids), size)]
+
+    def embed(self, model: Llama, ids: np.ndarray) -> Any:
+        """The residual stream before the first block: batches, each (B, T, C), in something that is used like a list."""
+        return [model.embed(batch) for batch in self.batches(ids)]
+
+    def block(self, model: Llama, layer: int) -> AbstractContextManager:
+        """Within it, the block's linears are where its products are done."""
+        return contextlib.nullcontext()
+
+    def nbytes(self, hidden: Any) -> int:
+        """Bytes of the residual stream."""
+        return sum(batch.nbytes for batch in hidden)
+
+    def keeps(self, nbytes: float, width: int) -> bool:
+        """Whether there is room for so many bytes of activations while linears with ``width`` inputs are solved."""
+        return nbytes <= KEEP_BYTES
+
+    def hessian(self, in_features: int) -> Hessian:
+        return Hessian(in_features)
+
+    def weight(self, linear: Linear) -> np.ndarray:
+        """W, float32 (out, in)."""
+        return np.asarray(linear.weight, np.float32)
+
+    def static_grids(self, W: np.ndarray, config: QuantizeConfig) -> tuple[np.ndarray, np.ndarray]:
+        from tinygptq.gptq import solver_numba  # only here: importing Numba takes a while
+
+        return solver_numba.static_grids(W, config)
+
+    def matmul(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """A product of float32 matrices, for reports."""
+        return threads.matmul(a, b)
+
+    def replacement(self, solution: Solution, config: QuantizeConfig, bias: np.ndarray | None) -> Linear:
+        """What stands for a solved linear from now on; exactly what the file will hold."""
+        return packed(solution, config, bias)
+
+    def tensors(self, solution: Solution, config: QuantizeConfig) -> Callable[[], dict[str, np.ndarray]]:
+        """A function that gives the solution as files hold it, for another thread to call."""
+        return functools.partial(gptq_tensors, solution, config)
+
+    def announce(self, source: Checkpoint, ids: np.ndarray | None, config: QuantizeConfig) -> None:
+        """Log how much memory the work will take."""
+        log.info("memory: about %.1f GB beside the model's own file", host_bytes(source.config, ids) / 1e9)
+
+    def saved(self, hidden: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        """What of the residual stream has to be saved to go on from here."""
+        return hidden
+
+    def restored(
+        self, saved: list[np.ndarray], model: Llama, ids: np.ndarray | None, config: QuantizeConfig, done: int, folder: Path
+    ) -> Any:
+        """The residual stream after ``done`` blocks, from what was saved of it and the folder in the making."""
+        return saved
+
+
+def host_bytes(config: LlamaConfig, ids: np.ndarray | None) -> int:
+    """About how much memory the block loop takes on the processor: activations, and the Hessian's factors in float64."""
+    shapes = config.linear_shapes().values()
+    widest, weights = max(k for k, _ in shapes), max(k * n for k, n in shapes)
+    base = 300 << 20  # Python, its packages, and compiled code
+    if ids is None:
+        return base + 16 * weights
+    stream, at_once = 4 * ids.size * config.hidden_size, min(ids.size, TOKENS_AT_ONCE)
+    kept = max((n for n in (stream, stream * config.intermediate_size // config.hidden_size) if n <= KEEP_BYTES), default=0)
+    return base + stream + kept + 40 * widest**2 + 16 * weights + 16 * at_once * config.intermediate_size
+
+
+def fast_model(source: Checkpoint, linears: dict[str, Linear]) -> Llama:
+    """The definition of the forward pass with the CPU kernels plugged in, over its own dict of linears."""
+    from tinygptq.kernels import cpu  # only here: importing Numba takes a while
+
+    weights = Weights(source.weights.embedding, source.weights.head, source.weights.norms, linears)
+    return Llama(source.config, weights, cpu)
+
+
+def packed(solution: Solution, config: QuantizeConfig, bias: np.ndarray | None = None) -> PackedLinear:
+    """A solution as kernels see it, by way of the tensors that are written."""
+    return from_gptq(gptq_tensors(solution, config), config, bias)
+
+
+def place_named(device: str) -> Host:
+    """``cpu`` or ``cuda``.
+
+    Raises:
+        TinyGPTQError: another name; no GPU, or a package of the extra [cuda] is missing.
+    """
+    if device == "cpu":
+        return Host()
+    if device == "cuda":
+        from tinygptq.placement_cuda import Card  # only here: it needs packages of the extra [cuda]
+
+        return Card()
+    raise TinyGPTQError(f"device {device!r} is not available for quantising; use 'cpu' or 'cuda'")
