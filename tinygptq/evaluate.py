@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tinygptq import memory
 from tinygptq.errors import TinyGPTQError
 from tinygptq.model import Llama
+from tinygptq.ops import array_module, to_numpy
 
 TOKENS_AT_ONCE = 2048  # short windows go through the model together
 LARGEST_NATS = 700.0  # exp overflows float64 at 709.8; a model that knows nothing at all needs log(vocabulary), about 10
@@ -112,17 +113,19 @@ def negative_log_likelihood(model: Llama, windows: np.ndarray, seen: int = 1) ->
     """Nats of each token but a window's first ``seen`` given those before it, int [B, T] -> float32 [B, T - seen]."""
     h = model.hidden(windows)[:, seen - 1 : -1]  # (B, T-seen, C)
     h = h.reshape(-1, h.shape[-1])  # (B * (T-seen), C)
-    targets = windows[:, seen:].reshape(-1)
-    nll = np.empty(len(targets), np.float32)
+    xp = array_module(h)
+    targets = xp.asarray(windows[:, seen:].reshape(-1))
+    nll = xp.empty(len(targets), np.float32)
     for start in range(0, len(targets), ROWS_AT_ONCE):
         rows = slice(start, min(start + ROWS_AT_ONCE, len(targets)))
         nll[rows] = cross_entropy(model.logits(h[None, rows])[0], targets[rows])
-    return nll.reshape(len(windows), -1)
+    return to_numpy(nll).reshape(len(windows), -1)
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """logsumexp(logits) - logits[target] in nats, float32 [T, vocab], int [T] -> float32 [T]; ``logits`` is overwritten."""
     top = logits.max(axis=-1, keepdims=True)  # (T, 1)
-    chosen = np.take_along_axis(logits, targets[:, None], axis=-1) - top  # (T, 1)
+    xp = array_module(logits)
+    chosen = xp.take_along_axis(logits, targets[:, None], axis=-1) - top  # (T, 1)
     logits -= top
-    return np.log(np.exp(logits, out=logits).sum(axis=-1)) - chosen[:, 0]
+    return xp.log(xp.exp(logits, out=logits).sum(axis=-1)) - chosen[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -30,6 +31,21 @@ class Engine(Protocol):
         """Append one token; the logits after it, float32 [vocab], valid until the next call."""
 
 
+class DrawingEngine(Engine, Protocol):
+    """An engine that can draw tokens itself, ahead of whoever reads them."""
+
+    def can_draw(self, sampler: Sampler) -> bool:
+        """Whether it can with these settings."""
+
+    def draw_ahead(self, sampler: Sampler, most: int) -> Iterator[int]:
+        """Draw up to ``most`` tokens after the last logits; each counts as appended once the next has come."""
+
+
+def can_draw(engine: Engine, sampler: Sampler) -> bool:
+    """Whether ``engine`` is a :class:`DrawingEngine` that serves these settings."""
+    return hasattr(engine, "draw_ahead") and engine.can_draw(sampler)
+
+
 class PrefixEngine:
     """An engine that remembers its tokens: a new sequence is computed from where it first differs from the last one.
 
@@ -38,7 +54,8 @@ class PrefixEngine:
     """
 
     def __init__(self, engine: Engine, config: LlamaConfig) -> None:
-        self._engine, self.capacity = engine, engine.capacity
+        self.inner = engine
+        self.capacity = engine.capacity
         # "dynamic" scaling turns every position by an angle that depends on the length: earlier keys cannot be kept
         self._keeps = config.rope_scaling is None or config.rope_scaling.kind != "dynamic"
         self._held: list[int] = []  # the tokens in the engine
@@ -48,7 +65,7 @@ class PrefixEngine:
     def forget(self) -> None:
         """Begin anew, sharing nothing."""
         self._held, self._position = [], 0
-        self._engine.reset()
+        self.inner.reset()
 
     def reset(self) -> None:
         """Begin a new sequence; what it shares with the last one is found when its tokens come."""
@@ -66,21 +83,33 @@ class PrefixEngine:
         ids = [int(token) for token in ids]
         kept = self.common(ids, self._position)
         self._cut(self._position + kept)
-        logits = self._engine.prefill(np.asarray(ids[kept:]))
+        logits = self.inner.prefill(np.asarray(ids[kept:]))
         self._held += ids[kept:]
         self._position += len(ids)
         return logits
 
     def decode(self, token: int) -> np.ndarray:
         self._cut(self._position)
-        logits = self._engine.decode(token)
+        logits = self.inner.decode(token)
         self._held.append(int(token))
         self._position += 1
         return logits
 
+    def can_draw(self, sampler: Sampler) -> bool:
+        return can_draw(self.inner, sampler)
+
+    def draw_ahead(self, sampler: Sampler, most: int) -> Iterator[int]:
+        self._cut(self._position)
+        last = None
+        for token in self.inner.draw_ahead(sampler, most):
+            if last is not None:
+                self._held.append(last)
+                self._position += 1
+            yield (last := token)
+
     def _cut(self, length: int) -> None:
         """Also after an interruption between the engine's last step and our note of it."""
-        self._engine.truncate(length)
+        self.inner.truncate(length)
         del self._held[length:]
 
 
@@ -102,12 +131,42 @@ def generate_ids(
     sampler.observe(list(prompt))
     engine.reset()
     logits = engine.prefill(np.asarray(prompt))
-    for step in range(max_new_tokens):
-        token = sampler.draw(logits)
+    draws = engine.draw_ahead if can_draw(engine, sampler) else functools.partial(_draws, engine, logits)
+    for token in draws(sampler, max_new_tokens):
         if token in eos_token_ids:
             return
         yield token
-        if step + 1 < max_new_tokens:
+
+
+def generate_batch(
+    engine: PrefixEngine, prompts: Sequence[Sequence[int]], samplers: Sequence[Sampler], most: int,
+    eos_token_ids: tuple[int, ...],
+) -> list[list[int]]:  # fmt: skip
+    """The new token ids of several prompts, each as from :func:`generate_ids`; decoded together where the engine can."""
+    engine.forget()
+    inner = engine.inner
+    rows = inner.rows if hasattr(inner, "generate_batch") and all(inner.can_draw(sampler) for sampler in samplers) else 1
+    if rows == 1:
+        found = []
+        for prompt, sampler in zip(prompts, samplers, strict=True):
+            found.append(list(generate_ids(engine, prompt, sampler, most, eos_token_ids)))
+            engine.forget()
+        return found
+    found = []
+    for first in range(0, len(prompts), rows):
+        some = prompts[first : first + rows], samplers[first : first + rows]
+        for prompt, sampler in zip(*some, strict=True):
+            sampler.observe(list(prompt))
+        found += inner.generate_batch(*some, most, eos_token_ids)
+    return found
+
+
+def _draws(engine: Engine, logits: np.ndarray, sampler: Sampler, most: int) -> Iterator[int]:
+    """``most`` tokens after those whose last logits are given, drawn on the host."""
+    for step in range(most):
+        token = sampler.draw(logits)
+        yield token
+        if step + 1 < most:
             logits = engine.decode(token)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,11 +12,15 @@ from tinygptq import evaluate
 from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import GenerationConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.generate import PrefixEngine, StopStrings, generate_ids
+from tinygptq.generate import PrefixEngine, StopStrings, generate_batch, generate_ids
 from tinygptq.hub import resolve
+from tinygptq.ops import to_numpy
 from tinygptq.sampling import Sampler, SamplingParams
 from tinygptq.scoring import LogLikelihood, Scorer, encode_pair
 from tinygptq.tokenizer import Tokenizer
+
+DEVICES = ("cpu", "cuda")
+SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")  # of sampling, as generation_config.json names them
 
 
 class LanguageModel:
@@ -26,12 +30,19 @@ class LanguageModel:
         config: the model's shape. quantization: how it was quantised, or None. defaults: the folder's sampling settings.
     """
 
-    def __init__(self, checkpoint: Checkpoint, context: int | None = None) -> None:
-        from tinygptq.engine import CpuEngine  # only here: importing Numba takes a while
-
+    def __init__(
+        self, checkpoint: Checkpoint, context: int | None = None, device: str = "cpu", rows: int = 1, cache_bits: int = 16
+    ) -> None:
         self.checkpoint, self.config, self.quantization = checkpoint, checkpoint.config, checkpoint.quantization
         self.defaults = GenerationConfig.from_folder(checkpoint.folder, checkpoint.config)
-        self.engine = CpuEngine(checkpoint.config, checkpoint.weights, context)
+        if device == "cuda":
+            from tinygptq.cuda_engine import CudaEngine  # only here: it needs the extra [cuda]
+
+            self.engine = CudaEngine(checkpoint.config, checkpoint.weights, context, rows=rows, cache_bits=cache_bits)
+        else:
+            from tinygptq.engine import CpuEngine  # only here: importing Numba takes a while
+
+            self.engine = CpuEngine(checkpoint.config, checkpoint.weights, context)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -44,7 +55,7 @@ class LanguageModel:
 
     def forward(self, ids: np.ndarray) -> np.ndarray:
         """Logits of every position: int [B, T] -> float32 [B, T, vocab]."""
-        return self.engine.model.forward(np.asarray(ids))
+        return to_numpy(self.engine.model.forward(np.asarray(ids)))
 
     def stream(
         self,
@@ -68,18 +79,50 @@ class LanguageModel:
             TinyGPTQError: a setting out of range, or a prompt that is empty or longer than the context.
         """
         chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
-        defaults = {name: getattr(self.defaults, name) for name in chosen}
+        sampler = self._sampler(seed, min_new_tokens, chosen)
+        ids = self._encode(prompt)
+        tokens = self._tokens(ids, sampler, max_new_tokens)
+        return _text(tokens, self.tokenizer, stop, min(max_new_tokens, self.engine.capacity - len(ids)))
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _sampler(self, seed: int | None, min_new_tokens: int, chosen: Mapping[str, float | None]) -> Sampler:
+        """``chosen`` settings; what is None comes from the folder's generation_config.json."""
+        defaults = {name: getattr(self.defaults, name) for name in SETTINGS}
         settings = defaults | {name: value for name, value in chosen.items() if value is not None}
         params = SamplingParams(**settings, min_new_tokens=min_new_tokens)
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        sampler = Sampler(params, self.config.vocab_size, self.defaults.eos_token_ids, seed)
-        tokens = self._tokens(ids, sampler, max_new_tokens)
-        stops = StopStrings((stop,) if isinstance(stop, str) else stop)
-        return _text(tokens, self.tokenizer, stops, min(max_new_tokens, self.engine.capacity - len(ids)))
+        return Sampler(params, self.config.vocab_size, self.defaults.eos_token_ids, seed)
 
     def _tokens(self, ids: list[int], sampler: Sampler, max_new_tokens: int) -> Iterator[int]:
         self.sequence.forget()  # so that the same seed gives the same text whatever came before, to the last bit
         yield from generate_ids(self.sequence, ids, sampler, max_new_tokens, self.defaults.eos_token_ids)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int = 512,
+        min_new_tokens: int = 0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        **settings: float | None,
+    ) -> list[str]:
+        """The whole continuations of several prompts; on a GPU ``rows`` of them (see :func:`load`) are decoded together.
+
+        Settings as for :meth:`stream`; prompt number i draws with ``seed + i``. What a prompt gets does not depend on the
+        others but for rounding.
+
+        Raises:
+            TinyGPTQError: as :meth:`stream`, or a setting of another name.
+        """
+        if unknown := sorted(set(settings) - set(SETTINGS)):
+            raise TinyGPTQError(f"{unknown[0]!r} is no setting; there are {', '.join(SETTINGS)}")
+        ids = [self._encode(prompt) for prompt in prompts]
+        seeds = [None if seed is None else seed + number for number in range(len(ids))]
+        samplers = [self._sampler(one, min_new_tokens, settings) for one in seeds]
+        tokens = generate_batch(self.sequence, ids, samplers, max_new_tokens, self.defaults.eos_token_ids)
+        return ["".join(_text(iter(found), self.tokenizer, stop, len(found))) for found in tokens]
 
     def generate(self, prompt: str | Sequence[int], **settings) -> str:
         """The whole continuation of ``prompt``; settings as for :meth:`stream`."""
@@ -112,8 +155,9 @@ class LanguageModel:
         return evaluate.perplexity(self.engine.model, ids, seqlen, max_windows, stride)
 
 
-def _text(tokens: Iterator[int], tokenizer: Tokenizer, stops: StopStrings, most: int) -> Iterator[str]:
+def _text(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str], most: int) -> Iterator[str]:
     """One piece a token, of which there are ``most`` at most; end-of-text's own piece is what was held back, if any."""
+    stops = StopStrings((stop,) if isinstance(stop, str) else stop)
     decoder = tokenizer.stream(continues=True)
 
     def rest() -> str:
@@ -130,21 +174,30 @@ def _text(tokens: Iterator[int], tokenizer: Tokenizer, stops: StopStrings, most:
 
 
 def load(
-    source: str | Path, device: str = "cpu", context: int | None = None, revision: str | None = None
+    source: str | Path,
+    device: str = "cpu",
+    context: int | None = None,
+    revision: str | None = None,
+    *,
+    rows: int = 1,
+    cache_bits: int = 16,
 ) -> LanguageModel:
     """Load a model, fp16, bf16, fp32 or GPTQ alike.
 
     Args:
         source: a folder, or a repository of the hub as ``owner/name`` or ``owner/name:branch``.
-        device: ``cpu``.
+        device: ``cpu``, or ``cuda`` for an NVIDIA GPU of compute capability 8.0 or more (extra ``[cuda]``).
         context: tokens of prompt and answer together to make room for; None is the model's own maximum.
         revision: branch, tag or commit of a repository.
+        rows: on a GPU, sequences that can be decoded together (:meth:`LanguageModel.generate_batch`), 1 to 16.
+        cache_bits: on a GPU, 16, or 8 for half the memory of keys and values.
     """
-    if device != "cpu":
-        raise TinyGPTQError(f"device {device!r} is not available; use 'cpu'")
-    checkpoint = load_checkpoint(resolve(source, revision))
+    if device not in DEVICES:
+        raise TinyGPTQError(f"device {device!r} is not known; use {' or '.join(map(repr, DEVICES))}")
     if context is not None and context < 1:
         raise TinyGPTQError(f"context is {context}, expected at least 1 token")
-    return LanguageModel(checkpoint, context)
+    if device == "cuda":
+        from tinygptq.kernels.cuda.runtime import require_gpu  # before a folder of gigabytes is read
 
-
+        require_gpu()
+    return LanguageModel(load_checkpoint(resolve(source, revision)), context, device, rows, cache_bits)

@@ -21,6 +21,11 @@ def array_module(x: Any) -> ModuleType:
     return sys.modules[type(x).__module__.partition(".")[0]]
 
 
+def to_numpy(x: Any) -> np.ndarray:
+    """``x`` in the host's memory."""
+    return x if isinstance(x, np.ndarray) else x.get()
+
+
 def linear(x: np.ndarray, layer: Linear) -> np.ndarray:
     """``x [..., K] @ W [K, N] + bias`` in float32: the definition; kernels do the same without forming W."""
     y = x @ layer.dequantize()

@@ -86,6 +86,22 @@ class Sampler:
         self._random = np.random.default_rng(seed)
         self._drawn = 0
 
+    @property
+    def seen(self) -> np.ndarray:
+        """bool [vocab]: tokens that have occurred."""
+        return self._seen
+
+    @property
+    def ends(self) -> np.ndarray:
+        """bool [vocab]: tokens that end the text."""
+        ends = np.zeros_like(self._seen)
+        ends[self._eos] = True
+        return ends
+
+    def uniforms(self, count: int) -> np.ndarray:
+        """The numbers in [0, 1) that the next ``count`` draws would use, float64; for whoever draws elsewhere."""
+        return self._random.random(count)
+
     def observe(self, ids: list[int]) -> None:
         """Count tokens (the prompt's) as having occurred."""
         for token in ids:

@@ -1,0 +1,97 @@
+"""The forward pass of model.py over the GPU's weights: logits of every position, for perplexity, scoring and comparing.
+
+The four stages of a block are model.py's, on CuPy arrays; the products are the fused ones that generating uses, and so is
+attention. Between them everything is float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tinygptq import ops
+from tinygptq.config import LlamaConfig
+from tinygptq.cuda_weights import TURN, DeviceDense, DeviceWeights, Product
+from tinygptq.kernels.cuda import dispatch, plain
+from tinygptq.kernels.cuda.cublas import cublas
+from tinygptq.kernels.cuda.decode_attention import width_of
+from tinygptq.kernels.cuda.prefill_attention import QUERIES, THREADS, prefill_attention_kernel
+from tinygptq.kernels.cuda.runtime import cupy
+from tinygptq.kvcache import KVCache
+from tinygptq.model import Llama
+from tinygptq.weights import Weights
+
+
+class CudaLlama(Llama):
+    """A :class:`~tinygptq.model.Llama` whose arrays are CuPy's, float32, on the current stream."""
+
+    def __init__(self, config: LlamaConfig, device: DeviceWeights) -> None:
+        norms = {"model.norm": device.norm}
+        for layer, block in enumerate(device.blocks):
+            norms[f"model.layers.{layer}.input_layernorm"] = block.input_norm
+            norms[f"model.layers.{layer}.post_attention_layernorm"] = block.post_norm
+        super().__init__(config, Weights(device.embedding, device.head.weight, norms, {}))
+        self.device = device
+        heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self._width, self._in_order = width_of(dim), cupy().arange(heads * dim, dtype=np.int32)
+        self._attend = prefill_attention_kernel(heads, groups, dim, self._width)
+
+    def embed(self, ids: Any) -> Any:
+        super().embed(ids)  # for its checks
+        return self.weights.embedding[cupy().asarray(ids)].astype(np.float32)
+
+    def logits(self, h: Any) -> Any:
+        return product(self._norm(h, "model.norm"), self.device.head, np.float32)
+
+    def attention_mix(self, layer: int, x: Any, cache: KVCache | None = None) -> Any:
+        config, (batch, tokens, _) = self.config, x.shape
+        start = 0 if cache is None else cache.length
+        if cache is not None:
+            cache.require(tokens)
+        heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        qkv = product(x, self.device.blocks[layer].qkv, np.float32)
+        qkv = qkv.reshape(batch, tokens, heads + 2 * groups, dim).swapaxes(1, 2)  # (B, H + 2G, T, D)
+        cos, sin = ops.rope_tables(cupy().asarray(ops.rope_frequencies(config, start + tokens)), start, tokens)
+        q, k = ops.apply_rope(qkv[:, :heads], cos, sin), ops.apply_rope(qkv[:, heads : heads + groups], cos, sin)
+        v = qkv[:, heads + groups :]
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, G, S, D)
+        return self._attention(q, k, v)
+
+    def mlp_mix(self, layer: int, x: Any) -> Any:
+        both = product(x, self.device.blocks[layer].gate_up, np.float32)
+        both = both.reshape(*x.shape[:2], -1, 2, TURN)  # gate and up alternate
+        return ops.swiglu(both[..., 0, :], both[..., 1, :]).reshape(*x.shape[:2], -1)
+
+    def linear(self, layer: int, name: str, x: Any) -> Any:
+        """o_proj and down_proj; the others are part of a larger product."""
+        block = self.device.blocks[layer]
+        return product(x, {"self_attn.o_proj": block.o, "mlp.down_proj": block.down}[name], np.float32)
+
+    def _attention(self, q: Any, k: Any, v: Any) -> Any:
+        """ops.causal_attention without a T x S matrix in memory: q [B, H, T, D], k, v [B, G, S, D] -> [B, T, H * D]."""
+        cp, (batch, heads, tokens, dim), seen = cupy(), q.shape, k.shape[2]
+        out = cp.empty((batch, tokens, heads * dim), np.float16)
+        rows = cp.ascontiguousarray(q.swapaxes(1, 2).reshape(batch, tokens, heads * dim)).astype(np.float16)
+        room = ((0, 0), (0, 0), (0, 0), (0, self._width - dim))
+        keys, values = (cp.ascontiguousarray(cp.pad(array.astype(np.float16), room)) for array in (k, v))
+        grid, stream = (-(-tokens // QUERIES), heads), cp.cuda.get_current_stream()
+        for b in range(batch):
+            self._attend(grid, THREADS, stream, rows[b], keys[b], values[b], seen - tokens, self._in_order, out[b])
+        return out.astype(np.float32)
+
+
+def product(x: Any, layer: Product, dtype: Any) -> Any:
+    """``x [..., K] @ W + bias``, x float32 in the model's order, rounded to fp16; sums float32, the result of ``dtype``."""
+    cp, shape = cupy(), (*x.shape[:-1], layer.out_features)
+    stream = cp.cuda.get_current_stream()
+    rows = cp.ascontiguousarray(x.reshape(-1, x.shape[-1])).astype(np.float16)
+    out = cp.empty((len(rows), layer.out_features), dtype)
+    if isinstance(layer, DeviceDense):
+        cublas().multiply_transposed(rows, layer.weight, out, stream.ptr)
+        if layer.bias is not None:
+            plain.add_bias(-(-out.size // 256), 256, stream, out, layer.bias)
+    else:
+        dispatch.linear(rows, layer, out, stream)
+    return out.reshape(shape)

@@ -1,0 +1,118 @@
+"""A prompt through the model on the GPU, in chunks of tokens: the forward pass of model.py with kernels for many rows.
+
+Activations between the linears are fp16, the residual stream float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tinygptq import ops
+from tinygptq.config import LlamaConfig
+from tinygptq.cuda_weights import DeviceDense, DeviceWeights, Product
+from tinygptq.kernels.cuda import dense, dispatch, plain, rows
+from tinygptq.kernels.cuda.cache_codec import expand_kernel
+from tinygptq.kernels.cuda.cublas import cublas
+from tinygptq.kernels.cuda.decode_attention import width_of
+from tinygptq.kernels.cuda.matvec import store
+from tinygptq.kernels.cuda.prefill_attention import QUERIES, THREADS, prefill_attention_kernel
+from tinygptq.kernels.cuda.runtime import cupy
+
+CHUNK = 2048  # tokens that go through the model together, at most
+
+
+class Prefill:
+    """Buffers for a chunk of tokens, and the pass over them.
+
+    Args: cache: as in :class:`tinygptq.cuda_decode.DecodeStep`; orders: where each product wants its input's elements.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, weights: DeviceWeights, orders: list[dict[str, Any]], cache: Any, capacity: int,
+        stream: Any,
+    ) -> None:  # fmt: skip
+        cp, self.config, self.weights, self.orders, self.cache, self.stream = cupy(), config, weights, orders, cache, stream
+        self.chunk = min(CHUNK, capacity)
+        heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.inner = (heads + 2 * groups) * dim
+        half = lambda width: cp.empty((self.chunk, width), np.float16)  # noqa: E731
+        self.h = cp.empty((self.chunk, config.hidden_size), np.float32)
+        self.x, self.y = half(config.hidden_size), half(config.hidden_size)
+        self.wide = half(max(self.inner, 2 * config.intermediate_size))  # q, k and v; then gate and up
+        self.z = half(max(config.intermediate_size, heads * dim))  # the mixture; then SwiGLU's result
+        self.bits = 16 if cache[0].dtype == np.float16 else 8
+        width = width_of(dim)
+        self.attention = prefill_attention_kernel(heads, groups, dim, width)
+        self.rotate = rows.rotate_kernel(heads, groups, dim, self.bits)
+        if self.bits == 8:  # attention reads fp16: keys and values of one layer, expanded
+            self.expanded = [cp.empty((groups, capacity, width), np.float16) for _ in range(2)]
+
+    def run(self, ids: np.ndarray, start: int, row: int, logits: Any) -> None:
+        """Append tokens int [T] at position ``start`` of sequence ``row``; ``logits`` float32 [1, vocab] of the last."""
+        frequencies = ops.rope_frequencies(self.config, start + len(ids))
+        cos, sin = (cupy().asarray(table) for table in ops.rope_tables(frequencies, 0, start + len(ids)))
+        cupy().cuda.get_current_stream().synchronize()
+        for first in range(0, len(ids), self.chunk):
+            part = ids[first : first + self.chunk]
+            self._embed(part)
+            for layer in range(self.config.num_hidden_layers):
+                self._block(layer, len(part), start + first, row, cos, sin)
+        last = self.x[len(part) - 1 : len(part)]
+        head = self.weights.head
+        kernel, grid = dense.dense_kernel(1, store), -(-head.out_features // dense.STRIP)
+        kernel(grid, 32 * dense.WARPS, self.stream, last, head.weight, logits, ())
+
+    def _embed(self, ids: np.ndarray) -> None:
+        with self.stream:
+            self.h[: len(ids)] = self.weights.embedding[cupy().asarray(ids)]
+        first = self.weights.blocks[0].input_norm
+        self._norm(len(ids), first, self.orders[0]["qkv"], add=False)
+
+    def _block(self, layer: int, tokens: int, start: int, row: int, cos: Any, sin: Any) -> None:
+        config, block, order, stream = self.config, self.weights.blocks[layer], self.orders[layer], self.stream
+        qkv = self._linear(self.x[:tokens], block.qkv, self.wide, self.inner)
+        cache = tuple(array[layer] for array in self.cache)
+        self.rotate(tokens, 64, stream, qkv, cos, sin, start, row, cache)
+        keys, values = self._keys_values(cache, row, start + tokens)
+        mixed = self._rows(self.z, tokens, config.num_attention_heads * config.head_dim)
+        grid = -(-tokens // QUERIES), config.num_attention_heads
+        self.attention(grid, THREADS, stream, qkv, keys, values, start, order["o"], mixed)
+        self._linear(mixed, block.o, self.y, config.hidden_size)
+        self._norm(tokens, block.post_norm, order["gate_up"])
+        gate_up = self._linear(self.x[:tokens], block.gate_up, self.wide, 2 * config.intermediate_size)
+        z = self._rows(self.z, tokens, config.intermediate_size)
+        rows.swiglu((-(-z.shape[1] // rows.THREADS), tokens), rows.THREADS, stream, gate_up, order["down"], z)
+        self._linear(z, block.down, self.y, config.hidden_size)
+        last = layer + 1 == config.num_hidden_layers
+        norm = self.weights.norm if last else self.weights.blocks[layer + 1].input_norm
+        self._norm(tokens, norm, self.orders[layer + 1]["qkv"])
+
+    def _keys_values(self, cache: tuple, row: int, tokens: int) -> tuple[Any, Any]:
+        """One sequence's keys and values of one layer as fp16 [groups, capacity, width]."""
+        keys, values, key_scales, value_scales = cache
+        if self.bits == 16:
+            return keys[row], values[row]
+        size = key_scales.size // len(keys)
+        for array, scales, out in zip((keys, values), (key_scales, value_scales), self.expanded, strict=True):
+            part = scales[row * size : (row + 1) * size]
+            expand_kernel((tokens, len(keys[row])), 32, self.stream, array[row], part, out)
+        return self.expanded[0], self.expanded[1]
+
+    def _norm(self, tokens: int, weight: Any, order: Any, add: bool = True) -> None:
+        kernel = rows.add_norm_kernel(self.config.hidden_size, self.config.rms_norm_eps, add)
+        kernel(tokens, rows.THREADS, self.stream, self.h[:tokens], self.y[:tokens], weight, order, self.x[:tokens])
+
+    def _linear(self, x: Any, product: Product, buffer: Any, width: int) -> Any:
+        out = self._rows(buffer, len(x), width)
+        if isinstance(product, DeviceDense):
+            cublas().multiply_transposed(x, product.weight, out, self.stream.ptr)
+            if product.bias is not None:
+                plain.add_bias(-(-out.size // 256), 256, self.stream, out, product.bias)
+            return out
+        return dispatch.linear(x, product, out, self.stream, gathered=True)
+
+    def _rows(self, buffer: Any, tokens: int, width: int) -> Any:
+        """The beginning of a buffer as [tokens, width], C-contiguous."""
+        return buffer.ravel()[: tokens * width].reshape(tokens, width)
