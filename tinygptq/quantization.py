@@ -235,6 +235,7 @@ def _solve_block_in_stages(model: Llama, layer: int, hidden: Any, config: Quanti
     mixed = Activations(place, lambda: (model.attention_mix(layer, x) for x in inputs), nbytes, C)
     yield from _solve(model, layer, ("self_attn.o_proj",), mixed, config, place)
     _add_to(hidden, (model.linear(layer, "self_attn.o_proj", x) for x in mixed), place)
+    del mixed  # its memory, before the next stage needs some
     inputs = Activations(place, lambda: (model.mlp_input(layer, h) for h in hidden))
     yield from _solve(model, layer, GATE_UP, inputs, config, place)
     mixed = Activations(place, lambda: (model.mlp_mix(layer, x) for x in inputs), nbytes * inner / C, inner)

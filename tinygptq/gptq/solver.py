@@ -212,7 +212,7 @@ def prepare(
     perm = None
     if config.in_act_order:
         perm = xp.argsort(-H.diagonal(), kind="stable")
-        H = H[xp.ix_(perm, perm)]  # (in, in)
+        H = xp.take(xp.take(H, perm, axis=0), perm, axis=1)  # (in, in); CuPy's H[ix_] would make index arrays of its size
     wide = np.float64 if isinstance(method, str) else H.dtype
     H = H.astype(wide, copy=perm is None)  # a copy in any case, damped in place below
     diagonal = H.diagonal().copy()
