@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tinygptq import threads
 from tinygptq.config import read_json
 from tinygptq.errors import TinyGPTQError
 from tinygptq.tensorfile import DTYPES, TensorFile
@@ -102,12 +103,17 @@ def is_finite(array: np.ndarray) -> bool:
     size = array.dtype.itemsize
     infinity = int(np.array(np.inf, array.dtype).view(f"u{size}"))
     negative = infinity | 1 << (8 * size - 1)
-    flat = array.reshape(-1)
-    for start in range(0, flat.size, CHUNK):
-        chunk = flat[start : start + CHUNK]
-        if chunk.view(f"i{size}").max() >= infinity or chunk.view(f"u{size}").max() >= negative:
-            return False
-    return True
+    flat, broken = array.reshape(-1), []
+
+    def look(part: slice) -> None:
+        for start in range(part.start, part.stop, CHUNK):
+            chunk = flat[start : min(start + CHUNK, part.stop)]
+            if broken or chunk.view(f"i{size}").max() >= infinity or chunk.view(f"u{size}").max() >= negative:
+                broken.append(start)
+                return
+
+    threads.share(flat.size, flat.size, look)  # pages of a file come in on several threads faster, too
+    return not broken
 
 
 # ---------------------------------------------------------------------------------------------------- which files
