@@ -12,6 +12,7 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 MOST_BYTES = 600_000
+EXTRAS = {"matplotlib": "plot", "torch": "validate", "transformers": "validate"}
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -28,9 +29,11 @@ def test_it_is_small_and_keeps_its_outputs(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_and_prints_what_is_kept_in_it(path, monkeypatch):
     cells = json.loads(path.read_text())["cells"]
-    if "matplotlib" in path.read_text():
-        pytest.importorskip("matplotlib", reason="notebooks draw with matplotlib: pip install tinygptq[plot]")
-        monkeypatch.setenv("MPLBACKEND", "Agg")
+    source = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for package, extra in EXTRAS.items():
+        if f"import {package}" in source or f"from {package}" in source:
+            pytest.importorskip(package, reason=f"the notebook needs {package}: pip install tinygptq[{extra}]")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     names = {"__name__": "notebook"}
     try:
         for number, cell in enumerate(cells):
