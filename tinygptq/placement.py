@@ -30,7 +30,7 @@ from tinygptq.packing import PackedLinear
 from tinygptq.weights import Linear, Weights
 
 TOKENS_AT_ONCE = 8192  # calibration tokens that go through a stage together; enough to keep BLAS busy
-KEEP_BYTES = 4 << 30  # activations of one stage are kept up to this size, and recomputed when needed beyond it
+KEEP_BYTES = 4 << 30  # so much of one stage's activations is kept, and what is beyond it computed again when needed
 
 log = logging.getLogger("tinygptq")
 
@@ -112,13 +112,9 @@ class Host:
         """Within it, the block's linears are where its products are done."""
         return contextlib.nullcontext()
 
-    def nbytes(self, hidden: Any) -> int:
-        """Bytes of the residual stream."""
-        return sum(batch.nbytes for batch in hidden)
-
-    def keeps(self, nbytes: float, width: int) -> bool:
-        """Whether there is room for so many bytes of activations while linears with ``width`` inputs are solved."""
-        return nbytes <= KEEP_BYTES
+    def room(self, width: int) -> float:
+        """Bytes of activations that may be kept while linears with ``width`` inputs are solved."""
+        return KEEP_BYTES
 
     def hessian(self, in_features: int) -> Hessian:
         return Hessian(in_features)
@@ -167,7 +163,7 @@ def host_bytes(config: LlamaConfig, ids: np.ndarray | None) -> int:
     if ids is None:
         return base + 16 * weights
     stream, at_once = 4 * ids.size * config.hidden_size, min(ids.size, TOKENS_AT_ONCE)
-    kept = max((n for n in (stream, stream * config.intermediate_size // config.hidden_size) if n <= KEEP_BYTES), default=0)
+    kept = min(KEEP_BYTES, stream * config.intermediate_size // config.hidden_size)
     return base + stream + kept + 40 * widest**2 + 16 * weights + 16 * at_once * config.intermediate_size
 
 

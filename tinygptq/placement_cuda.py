@@ -38,7 +38,7 @@ from tinygptq.weights import DenseLinear, Linear, Weights
 log = logging.getLogger("tinygptq")
 
 RESIDUAL = np.float16
-MODEST = 8e9  # bytes of the card that may be used to save time; more only where there is no other way
+MODEST = 8e9  # bytes of the card up to which activations are kept, to save time
 BASE = 700 << 20  # of the card: CUDA's own, the libraries' code and workspaces, cuBLAS's and cuSOLVER's
 
 
@@ -78,7 +78,8 @@ class Card(Host):
         self._main, self._pack = (cp.cuda.Stream(non_blocking=True) for _ in range(2))
         self._source: Checkpoint | None = None
         self._reader: BlockReader | None = None
-        self._used = 0.0  # bytes of the card in use throughout
+        # bytes of the card in use throughout, and free at the start; whether it has no room for the residual stream
+        self._used, self._most, self._on_host = 0.0, 0.0, False
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -101,32 +102,23 @@ class Card(Host):
         return Llama(source.config, weights, calibration)
 
     def announce(self, source: Checkpoint, ids: np.ndarray | None, config: QuantizeConfig) -> None:
-        free, total = cupy().cuda.runtime.memGetInfo()
-        tokens = 0 if ids is None else ids.size
-        steady, stream = steady_bytes(source), stream_bytes(source.config, tokens)
-        room = steady + stream + stage_bytes(source.config, max(k for k, _ in source.config.linear_shapes().values()))
-        kept = stream if self._keeps_attention(source, tokens) else 0
-        peak = max(room, steady + stream + kept + stage_bytes(source.config, source.config.hidden_size))
-        here = room <= free
-        log.info("memory: about %.1f GB on the GPU (%.1f of %.1f GB are free) and %.1f GB on the host",
-                 (peak if here else peak - stream) / 1e9, free / 1e9, total / 1e9,
-                 (HOST_BASE + (0 if here else stream)) / 1e9)  # fmt: skip
-
-    def _keeps_attention(self, source: Checkpoint, tokens: int) -> bool:
-        self._used = steady_bytes(source) + stream_bytes(source.config, tokens)
-        return self.keeps(stream_bytes(source.config, tokens), source.config.hidden_size)
+        stream = 0 if ids is None else stream_bytes(source.config, ids.size)
+        self._most = cupy().cuda.runtime.memGetInfo()[0]
+        widths = {k for k, _ in source.config.linear_shapes().values()}
+        least = steady_bytes(source) + max(stage_bytes(source.config, k) for k in widths)
+        self._on_host = least + stream > self._most
+        self._used = steady_bytes(source) + (0 if self._on_host else stream)
+        kept = {k: min(max(self.room(k), 0), stream * k / source.config.hidden_size) for k in widths}
+        peak = max(self._used + stage_bytes(source.config, k) + kept[k] for k in widths)
+        log.info("memory: about %.1f GB on the GPU, of which %.1f GB are free, and %.1f GB on the host",
+                 peak / 1e9, self._most / 1e9, (HOST_BASE + self._on_host * stream) / 1e9)  # fmt: skip
 
     def embed(self, model: Llama, ids: np.ndarray) -> Any:
         cp, source = cupy(), self._source
-        self._used = steady_bytes(source) + stream_bytes(model.config, ids.size)
-        widest = max(k for k, _ in model.config.linear_shapes().values())
         table = on_card(np.asarray(source.weights.embedding))
         first = Llama(model.config, Weights(table, table, {}, {}), calibration)
         batches = (first.embed(cp.asarray(batch)).astype(RESIDUAL) for batch in self.batches(ids))
-        if self._used + stage_bytes(model.config, widest) <= cp.cuda.runtime.memGetInfo()[0]:
-            return list(batches)
-        self._used -= stream_bytes(model.config, ids.size)
-        return HostBatches(batches)
+        return HostBatches(batches) if self._on_host else list(batches)
 
     @contextlib.contextmanager
     def block(self, model: Llama, layer: int) -> Iterator[None]:
@@ -149,14 +141,8 @@ class Card(Host):
             for name in names:
                 del model.weights.linears[name]
 
-    def nbytes(self, hidden: Any) -> int:
-        return hidden.nbytes if isinstance(hidden, HostBatches) else super().nbytes(hidden)
-
-    def keeps(self, nbytes: float, width: int) -> bool:
-        if nbytes == np.inf:
-            return False
-        most = min(MODEST, self._used + 0.9 * cupy().cuda.runtime.memGetInfo()[0])
-        return self._used + nbytes + stage_bytes(self._source.config, width) <= most
+    def room(self, width: int) -> float:
+        return min(MODEST, self._most) - self._used - stage_bytes(self._source.config, width)
 
     def hessian(self, in_features: int) -> Hessian:
         return HalfHessian(in_features)
@@ -263,10 +249,6 @@ class HostBatches:
         for batch in batches:
             self._kept.append(page_locked(batch.size, batch.dtype).reshape(batch.shape))
             self[-1] = batch
-
-    @property
-    def nbytes(self) -> int:
-        return sum(batch.nbytes for batch in self._kept)
 
     def __len__(self) -> int:
         return len(self._kept)

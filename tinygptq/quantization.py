@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -229,19 +229,20 @@ def _round_block(model: Llama, layer: int, config: QuantizeConfig, place: Host):
 
 def _solve_block_in_stages(model: Llama, layer: int, hidden: Any, config: QuantizeConfig, place: Host):
     """True-sequential: each stage sees the quantised linears before it. ``hidden`` becomes the block's output, in place."""
-    nbytes, C, inner = place.nbytes(hidden), model.config.hidden_size, model.config.intermediate_size
-    inputs = Activations(place, lambda: (model.attention_input(layer, h) for h in hidden))
+    count, widths = len(hidden), {name: k for name, (k, _) in model.config.linear_shapes().items()}
+    inputs = Activations(place, count, lambda i: model.attention_input(layer, hidden[i]))
     yield from _solve(model, layer, QKV, inputs, config, place)
-    mixed = Activations(place, lambda: (model.attention_mix(layer, x) for x in inputs), nbytes, C)
+    room = place.room(widths["self_attn.o_proj"])
+    mixed = Activations(place, count, lambda i: model.attention_mix(layer, inputs[i]), room)
     yield from _solve(model, layer, ("self_attn.o_proj",), mixed, config, place)
-    _add_to(hidden, (model.linear(layer, "self_attn.o_proj", x) for x in mixed), place)
+    _add_to(hidden, model, layer, "self_attn.o_proj", mixed, place)
     del mixed  # its memory, before the next stage needs some
-    inputs = Activations(place, lambda: (model.mlp_input(layer, h) for h in hidden))
-    yield from _solve(model, layer, GATE_UP, inputs, config, place)
-    mixed = Activations(place, lambda: (model.mlp_mix(layer, x) for x in inputs), nbytes * inner / C, inner)
+    stage = Activations(place, count, lambda i: model.mlp_input(layer, hidden[i]))
+    yield from _solve(model, layer, GATE_UP, stage, config, place)
+    mixed = Activations(place, count, lambda i: model.mlp_mix(layer, stage[i]), place.room(widths["mlp.down_proj"]))
     yield from _solve(model, layer, ("mlp.down_proj",), mixed, config, place)
     if layer + 1 < model.config.num_hidden_layers:  # nobody reads the last block's output
-        _add_to(hidden, (model.linear(layer, "mlp.down_proj", x) for x in mixed), place)
+        _add_to(hidden, model, layer, "mlp.down_proj", mixed, place)
 
 
 def _solve_block_at_once(model: Llama, layer: int, hidden: Any, config: QuantizeConfig, place: Host):
@@ -268,30 +269,35 @@ def _stage_inputs(model: Llama, layer: int, h: np.ndarray) -> tuple[np.ndarray, 
 
 
 class Activations:
-    """One stage's activations, batch by batch: computed once and kept, or computed at each pass when too large to keep."""
+    """One stage's activations, batch by batch: computed when first asked for, and kept as far as there is room.
 
-    def __init__(
-        self, place: Host, compute: Callable[[], Iterator[np.ndarray]], nbytes: float = np.inf, width: int = 0
-    ) -> None:
-        self._compute, self._clock, self._keep = compute, place.clock, place.keeps(nbytes, width)
-        self._kept: list[np.ndarray] | None = None
+    Args:
+        compute: gives batch number i of ``count``. room: bytes that may be kept.
+    """
+
+    def __init__(self, place: Host, count: int, compute: Callable[[int], np.ndarray], room: float = 0) -> None:
+        self._count, self._compute, self._clock, self._room = count, compute, place.clock, room
+        self._kept: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if i in self._kept:
+            return self._kept[i]
+        with self._clock("forward"):
+            x = self._compute(i)
+        if x.nbytes <= self._room:
+            self._room -= x.nbytes
+            self._kept[i] = x
+        return x
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        if self._kept is not None:
-            yield from self._kept
-            return
-        kept = []
-        for x in self._clock.each("forward", self._compute()):
-            if self._keep:
-                kept.append(x)
-            yield x
-        if self._keep:
-            self._kept = kept
+        return (self[i] for i in range(self._count))
 
 
-def _add_to(hidden: Any, updates: Iterable[np.ndarray], place: Host) -> None:
-    for i, update in enumerate(place.clock.each("forward", updates)):
-        hidden[i] += update
+def _add_to(hidden: Any, model: Llama, layer: int, name: str, inputs: Activations, place: Host) -> None:
+    """Add what a linear makes of its inputs to the residual stream."""
+    with place.clock("forward"):
+        for i in range(len(hidden)):
+            hidden[i] += model.linear(layer, name, inputs[i])
 
 
 def _add(hessian: Hessian, x: np.ndarray, layer: int, place: Host) -> None:
