@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from tinygptq import __version__
-from tinygptq.commands import chat, compare, convert, evaluate, inspect, perplexity, publish, validate
+from tinygptq.commands import bench, chat, compare, convert, evaluate, inspect, perplexity, publish, validate
 from tinygptq.commands.arguments import MODEL, add_device, add_json, add_model, add_revision, add_sampling
 from tinygptq.config import RECIPES, SUPPORTED_BITS, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.templates import TEMPLATES, render
 
-FAMILIES: tuple = (chat, perplexity, evaluate, compare, validate, publish, convert, inspect)  # modules of tinygptq.commands
+FAMILIES: tuple = (chat, perplexity, evaluate, compare, validate, publish, convert, inspect, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +86,8 @@ def _generate(args: argparse.Namespace) -> None:
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.greedy and args.temperature is not None:
         raise TinyGPTQError("--greedy and --temperature contradict each other")
-    model = load(args.model, device=args.device, context=args.context, revision=args.revision)
+    options = {"cache_bits": args.cache_bits}
+    model = load(args.model, device=args.device, context=args.context, revision=args.revision, **options)
     pieces = model.stream(
         render(args.template, text),
         max_new_tokens=args.max_new_tokens,
@@ -191,7 +192,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="same seed, same text")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
     add("--context", type=int, metavar="N", help="room for prompt and answer together (default: the model's maximum)")
-    add_device(parser, choices=("cpu",))
+    add("--cache-bits", type=int, default=16, choices=(8, 16), help="of keys and values on a GPU (default: %(default)s)")
+    add_device(parser, choices=("cpu", "cuda"))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class LanguageModel:
         self.checkpoint, self.config, self.quantization = checkpoint, checkpoint.config, checkpoint.quantization
         self.defaults = GenerationConfig.from_folder(checkpoint.folder, checkpoint.config)
         if device == "cuda":
-            from tinygptq.cuda_engine import CudaEngine  # only here: it needs the extra [cuda]
+            from tinygptq.cuda.engine import CudaEngine  # only here: it needs the extra [cuda]
 
             self.engine = CudaEngine(checkpoint.config, checkpoint.weights, context, rows=rows, cache_bits=cache_bits)
         else:
@@ -196,6 +196,8 @@ def load(
         raise TinyGPTQError(f"device {device!r} is not known; use {' or '.join(map(repr, DEVICES))}")
     if context is not None and context < 1:
         raise TinyGPTQError(f"context is {context}, expected at least 1 token")
+    if device == "cpu" and (rows, cache_bits) != (1, 16):
+        raise TinyGPTQError("several sequences at once, and an 8-bit cache, are the GPU engine's: use --device cuda")
     if device == "cuda":
         from tinygptq.kernels.cuda.runtime import require_gpu  # before a folder of gigabytes is read
 

@@ -19,12 +19,12 @@ LAYERS = (
     ("packing", "weights", "tensorfile", "threads", "memory", "ops", "gptq"),
     ("checkpoint", "export", "kernels", "sizes", "shards", "tensor_folder", "gptq_configs", "gptq_files"),
     ("kvcache", "model"),
-    ("engine", "generate", "sampling"),
+    ("engine", "cuda", "generate", "sampling"),
     ("calibrate", "quantization", "quantize_report", "placement", "placement_cuda", "write_behind", "resume", "evaluate",
      "language_model", "demo", "facts", "hub", "convert",
      "weight_diff", "card", "publish", "loaders", "inspect_folder",
      "shared_prefix", "scoring", "text_generation", "harness", "harness_run", "benchmarks",
-     "compare", "validate", "conversation"),
+     "compare", "validate", "conversation", "bench", "doctor"),
     ("cli", "commands", "__init__"),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}

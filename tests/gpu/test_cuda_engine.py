@@ -22,7 +22,7 @@ CASES = {  # changes of the config, kind, options of the weights
 
 
 def engines(name, *, context=40, **options):
-    from tinygptq.cuda_engine import CudaEngine
+    from tinygptq.cuda.engine import CudaEngine
 
     changes, kind, special = CASES[name]
     config = random_models.config(**changes)

@@ -13,10 +13,10 @@ import numpy as np
 
 from tinygptq import ops
 from tinygptq.config import LlamaConfig
-from tinygptq.cuda_decode import DecodeStep, Sequences, orders_of
-from tinygptq.cuda_model import CudaLlama
-from tinygptq.cuda_prefill import Prefill
-from tinygptq.cuda_weights import upload
+from tinygptq.cuda.decode import DecodeStep, Sequences, orders_of
+from tinygptq.cuda.model import CudaLlama
+from tinygptq.cuda.prefill import Prefill
+from tinygptq.cuda.weights import upload
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels.cuda.decode_attention import width_of
 from tinygptq.kernels.cuda.draw import MOST
@@ -240,7 +240,7 @@ def _sound(token: int) -> int:
 
 
 def make_cache(config: LlamaConfig, rows: int, capacity: int, bits: int) -> tuple[Any, Any, Any, Any]:
-    """Keys, values and their scales, all zero: see :class:`tinygptq.cuda_decode.DecodeStep`."""
+    """Keys, values and their scales, all zero: see :class:`tinygptq.cuda.decode.DecodeStep`."""
     cp, layers = cupy(), config.num_hidden_layers
     groups, width = config.num_key_value_heads, width_of(config.head_dim)
     shape, dtype = (layers, rows, groups, capacity, width), np.float16 if bits == 16 else np.int8

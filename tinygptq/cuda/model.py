@@ -12,7 +12,7 @@ import numpy as np
 
 from tinygptq import ops
 from tinygptq.config import LlamaConfig
-from tinygptq.cuda_weights import TURN, DeviceDense, DeviceWeights, Product
+from tinygptq.cuda.weights import TURN, DeviceDense, DeviceWeights, Product
 from tinygptq.kernels.cuda import dispatch, plain
 from tinygptq.kernels.cuda.cublas import cublas
 from tinygptq.kernels.cuda.decode_attention import width_of

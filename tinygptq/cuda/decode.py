@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinygptq.config import LlamaConfig
-from tinygptq.cuda_weights import DeviceDense, DeviceWeights, Product, input_order
+from tinygptq.cuda.weights import DeviceDense, DeviceWeights, Product, input_order
 from tinygptq.kernels.cuda import decode_attention, dense, dispatch, epilogues, matvec, rows
 from tinygptq.kernels.cuda.draw import draw
 from tinygptq.kernels.cuda.runtime import capability, cupy, multiprocessors
@@ -162,7 +162,7 @@ def multiply(product: Product, x: Any, epilogue: Any, y: Any, extra: tuple, stre
         warps = 16 if tiles == 1 else 8
         special = {"ragged": x.shape[1] % 128 != 0, "wide_scales": product.scales.dtype.itemsize == 4}
         kernel = matvec.matvec_kernel(product.bits, product.group_size, product.zero, tiles, warps, epilogue=epilogue,
-                                      dependent=dependent, **special)  # fmt: skip
+                                      **special)  # fmt: skip
         strips = product.codes.shape[0]
         words = dispatch._words(product)
         kernel(strips, 32 * warps, stream, x, *words, product.scales.shape[1], y, extra, dependent=dependent)

@@ -11,7 +11,7 @@ import numpy as np
 
 from tinygptq import ops
 from tinygptq.config import LlamaConfig
-from tinygptq.cuda_weights import DeviceDense, DeviceWeights, Product
+from tinygptq.cuda.weights import DeviceDense, DeviceWeights, Product
 from tinygptq.kernels.cuda import dense, dispatch, plain, rows
 from tinygptq.kernels.cuda.cache_codec import expand_kernel
 from tinygptq.kernels.cuda.cublas import cublas
@@ -26,7 +26,7 @@ CHUNK = 2048  # tokens that go through the model together, at most
 class Prefill:
     """Buffers for a chunk of tokens, and the pass over them.
 
-    Args: cache: as in :class:`tinygptq.cuda_decode.DecodeStep`; orders: where each product wants its input's elements.
+    Args: cache: as in :class:`tinygptq.cuda.decode.DecodeStep`; orders: where each product wants its input's elements.
     """
 
     def __init__(
