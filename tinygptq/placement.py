@@ -30,6 +30,7 @@ from tinygptq.packing import PackedLinear
 from tinygptq.weights import Linear, Weights
 
 TOKENS_AT_ONCE = 8192  # calibration tokens that go through a stage together; enough to keep BLAS busy
+ROWS_AT_ONCE = 256  # of W, whose rounding errors are measured together, in the processor's cache
 KEEP_BYTES = 4 << 30  # so much of one stage's activations is kept, and what is beyond it computed again when needed
 
 log = logging.getLogger("tinygptq")
@@ -128,9 +129,13 @@ class Host:
 
         return solver_numba.static_grids(W, config)
 
+    def share(self, rows: int, work: int, part: Callable[[slice], None]) -> None:
+        """Call ``part`` for slices that cover so many rows; ``work`` multiplications in all."""
+        threads.share(rows, work, part, slices=max(1, rows // (ROWS_AT_ONCE * threads.count())))
+
     def matmul(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """A product of float32 matrices, for reports."""
-        return threads.matmul(a, b)
+        """A product of float32 matrices, for reports, within a part of `share`."""
+        return a @ b
 
     def replacement(self, solution: Solution, config: QuantizeConfig, bias: np.ndarray | None) -> Linear:
         """What stands for a solved linear from now on; exactly what the file will hold."""

@@ -84,6 +84,8 @@ class Card(Host):
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         cp = cupy()
+        pool, allocator = cp.get_default_memory_pool(), cp.cuda.get_allocator()
+        cp.cuda.set_allocator(functools.partial(malloc, pool))
         try:
             with self._main:
                 yield
@@ -93,7 +95,9 @@ class Card(Host):
         finally:
             if self._reader is not None:
                 self._reader.close()
-            cp.get_default_memory_pool().free_all_blocks()
+            cp.cuda.set_allocator(allocator)
+            pool.set_limit(size=0)
+            pool.free_all_blocks()
 
     def model(self, source: Checkpoint) -> Llama:
         self._source, self._reader = source, BlockReader(source, self.clock.add)
@@ -110,6 +114,7 @@ class Card(Host):
         self._used = steady_bytes(source) + (0 if self._on_host else stream)
         kept = {k: min(max(self.room(k), 0), stream * k / source.config.hidden_size) for k in widths}
         peak = max(self._used + stage_bytes(source.config, k) + kept[k] for k in widths)
+        cupy().get_default_memory_pool().set_limit(size=int(max(peak, MODEST) - BASE))
         log.info("memory: about %.1f GB on the GPU, of which %.1f GB are free, and %.1f GB on the host",
                  peak / 1e9, self._most / 1e9, (HOST_BASE + self._on_host * stream) / 1e9)  # fmt: skip
 
@@ -153,6 +158,10 @@ class Card(Host):
     def static_grids(self, W: Any, config: QuantizeConfig) -> tuple[Any, Any]:
         return solver.static_grids(W, config)
 
+    def share(self, rows: int, work: int, part: Callable[[slice], None]) -> None:
+        for i in range(0, rows, 2048):
+            part(slice(i, i + 2048))
+
     def matmul(self, a: Any, b: Any) -> Any:
         """In TF32: 11 bits of each factor, enough for a report."""
         out, sizes = cupy().empty((len(a), b.shape[1]), np.float32), (b.shape[1], len(a), a.shape[1])
@@ -191,6 +200,20 @@ class Card(Host):
                 for i, h in enumerate(hidden):
                     hidden[i] = model.block(layer, h)
         return hidden
+
+
+def malloc(pool: Any, size: int) -> Any:
+    """From CuPy's pool, whose limit is soft: at it, unused pieces go back to the card; if that is not enough, the limit goes.
+
+    (Without one the pool would keep pieces of all the sizes that the stages of a block need one after another.)
+    """
+    try:
+        return pool.malloc(size)
+    except cupy().cuda.memory.OutOfMemoryError:
+        if not pool.get_limit():
+            raise
+        pool.set_limit(size=0)
+        return pool.malloc(size)
 
 
 class BlockReader:

@@ -21,7 +21,6 @@ from tinygptq.placement import Host
 
 log = logging.getLogger("tinygptq")
 
-ROWS_AT_ONCE = 2048  # of W, whose rounding errors are measured together
 LOG_NAME = "quantize_log.csv"
 LOG_COLUMNS = ("block", "linear", "loss", "rtn_loss", "loss_over_rtn", "damp_percent", "dead_inputs", "seconds")
 FEW_SAMPLES = 64  # below it a warning; the GPTQ paper calibrates on 128
@@ -69,16 +68,19 @@ def rounding_loss(W: np.ndarray, H: np.ndarray, factor: Factor, config: Quantize
 
     Args: W: float32 [out, in]. H: undamped, float32 [in, in]. factor: what `gptq.prepare` made of it. NumPy or CuPy arrays.
     """
-    xp, size, total = array_module(W), config.rows_per_group(W.shape[1]), 0.0
+    xp, size, losses = array_module(W), config.rows_per_group(W.shape[1]), {}
     scales, zeros = place.static_grids(W, config)  # (out, G)
     damping = xp.where(factor.dead, 0, factor.importance - H.diagonal()).astype(W.dtype)  # (in,)
-    for i in range(0, len(W), ROWS_AT_ONCE):
-        w = W[i : i + ROWS_AT_ONCE]
-        scale, zero = (xp.repeat(grid[i : i + ROWS_AT_ONCE], size, axis=1)[:, : w.shape[1]] for grid in (scales, zeros))
+
+    def part(rows: slice) -> None:
+        w = W[rows]
+        scale, zero = (xp.repeat(grid[rows], size, axis=1)[:, : w.shape[1]] for grid in (scales, zeros))
         error = w - dequantize(quantize(w, scale, zero, config.max_code), scale, zero)
         error[:, factor.dead] = 0
-        total += (error * (place.matmul(error, H) + error * damping)).sum(dtype=np.float64)
-    return float(total) / 2
+        losses[rows.start] = (error * (place.matmul(error, H) + error * damping)).sum(dtype=np.float64)
+
+    place.share(len(W), W.size * W.shape[1], part)
+    return float(sum(losses[start] for start in sorted(losses))) / 2
 
 
 def write_log(reports: Sequence[LinearReport], folder: Path) -> None:

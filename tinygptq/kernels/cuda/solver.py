@@ -12,6 +12,7 @@ The expressions are the definition's, but for the order of sums and for products
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from tinygptq.kernels.cuda.ptx import half2_from_floats, half2_to_floats
 from tinygptq.kernels.cuda.runtime import cuda, cupy
 from tinygptq.kernels.cuda.tables import device_function
 from tinygptq.kernels.cuda.warps import warp_max, warp_sum
+
+log = logging.getLogger("tinygptq")
 
 LANES, B = 32, 128  # columns in a block (the paper's value)
 WARPS = 8  # rows of W in a block of threads
@@ -260,19 +263,19 @@ def block_bounds(columns: int, group_size: int) -> list[tuple[int, int]]:
 
 
 def inverse_cholesky(H: Any) -> Any:
-    """Upper triangular Hinv, float32, with ``Hinv^T Hinv = H^-1`` for H [in, in]; None when H is not positive definite.
+    """Upper triangular Hinv, in float32, with ``Hinv^T Hinv = H^-1`` for H [in, in]; None when H is not positive definite.
 
     float32's factor is taken if ``Hinv^T Hinv H v`` is v to within ACCURATE for a random v, which weighs all directions
     alike, those of the smallest eigenvalues too, where an inverse goes wrong first. Else H is factored in float64.
     """
     cp = cupy()
-    H = H.astype(np.float32, copy=False)
     Hinv = _inverse_factor(H, np.float32)
     if Hinv is not None:
         v = cp.asarray(np.random.default_rng(0).choice(np.array([-1, 1], np.float32), len(H)))
         missed = cp.linalg.norm(Hinv.T @ (Hinv @ (H @ v)) - v) / cp.linalg.norm(v)
         if bool(missed < ACCURATE):  # False for NaN
             return Hinv
+    log.debug("a Hessian of %d inputs is factored in float64: float32 misses its inverse", len(H))
     Hinv = _inverse_factor(H, np.float64)
     return None if Hinv is None else Hinv.astype(np.float32)
 

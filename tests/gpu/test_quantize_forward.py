@@ -1,0 +1,55 @@
+"""The calibration pass's functions on the device against ops.py, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_layers import fresh_generator, relative_error
+
+from tinygptq import ops
+from tinygptq.weights import DenseLinear
+
+
+def half(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.normal(size=shape).astype(np.float16)
+
+
+def test_linear_norm_and_gate():
+    from tinygptq.kernels.cuda import calibration
+    from tinygptq.kernels.cuda.runtime import cupy
+
+    cp, rng = cupy(), fresh_generator()
+    x, W, bias = half(rng, 3, 37, 96), half(rng, 160, 96), rng.normal(size=160).astype(np.float32)
+    exact = x.astype(np.float64) @ W.T.astype(np.float64) + bias
+    for weight in (W, W.astype(np.float32)):
+        found = calibration.linear(cp.asarray(x), DenseLinear(cp.asarray(weight), cp.asarray(bias)))
+        assert found.dtype == np.float16
+        assert relative_error(found.get(), exact) < 1e-3
+    gain = rng.normal(size=96).astype(np.float32)
+    for rows in (x, 300 * x.astype(np.float32)):
+        found = calibration.rms_norm(cp.asarray(rows), cp.asarray(gain), 1e-5)
+        assert found.dtype == np.float16
+        assert relative_error(found.get(), ops.rms_norm(rows.astype(np.float64), gain, 1e-5)) < 5e-4
+    gate, up = 4 * half(rng, 3, 37, 160), half(rng, 3, 37, 160)
+    exact = ops.swiglu(gate.astype(np.float64), up.astype(np.float64))
+    assert relative_error(calibration.swiglu(cp.asarray(gate), cp.asarray(up)).get(), exact) < 5e-4
+
+
+@pytest.mark.parametrize("heads,groups,dim", [(6, 6, 16), (6, 2, 16), (9, 3, 64), (4, 1, 128)])
+@pytest.mark.parametrize("tokens", [1, 40, 512, 520, 1032])
+def test_rope_and_attention(heads, groups, dim, tokens):
+    from tinygptq.kernels.cuda import calibration
+    from tinygptq.kernels.cuda.runtime import cupy
+
+    cp, rng = cupy(), fresh_generator()
+    q, k, v = (half(rng, 2, tokens, n, dim) for n in (heads, groups, groups))
+    q *= 3  # so that some positions matter more than others
+    cos, sin = ops.rope_tables((10000.0 ** -np.linspace(0, 1, dim // 2)).astype(np.float32), 0, tokens)
+    turned = [ops.apply_rope(x.swapaxes(1, 2).astype(np.float64), cos, sin) for x in (q, k)]
+    there = [calibration.apply_rope(cp.asarray(x).swapaxes(1, 2), cp.asarray(cos), cp.asarray(sin)) for x in (q, k)]
+    for found, exact in zip(there, turned, strict=True):
+        assert relative_error(found.get(), exact) < 5e-4
+    exact = ops.causal_attention(*(x.get().astype(np.float64) for x in there), v.swapaxes(1, 2).astype(np.float64))
+    found = calibration.causal_attention(*there, cp.asarray(v).swapaxes(1, 2))
+    assert found.shape == (2, tokens, heads * dim)
+    assert relative_error(found.get(), exact) < 2e-3
