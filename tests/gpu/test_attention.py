@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tinygptq import ops
+from tinygptq.kernels.cuda.layout import cache_width
 
 SHAPES = [(4, 4, 64), (8, 1, 64), (12, 2, 128), (9, 3, 64), (6, 6, 80), (16, 1, 128)]  # heads, key-value heads, dimensions
 
@@ -40,7 +41,7 @@ def test_one_token_over_what_was_before(heads, groups, dim, bits):
     capacity, positions = 700, [0, 1, 15, 16, 17, 255, 256, 511, 699]
     qkv, cos, sin = problem(rng, heads, groups, dim, capacity)
     want = expected(qkv, cos, sin, heads, groups, dim)
-    width, tiling = da.width_of(dim), da.Heads.of(heads, groups)
+    width, tiling = cache_width(dim), da.Heads.of(heads, groups)
     dtype = np.float16 if bits == 16 else np.int8
     cache = (cp.zeros((2, groups, capacity, width), dtype), cp.zeros((2, groups, capacity, width), dtype),
              cp.zeros(2 * groups * capacity, np.float16), cp.zeros(2 * groups * capacity, np.float16))  # fmt: skip
@@ -70,12 +71,11 @@ def test_one_token_over_what_was_before(heads, groups, dim, bits):
 def test_a_prompt(heads, groups, dim, tokens, start):
     import cupy as cp
 
-    from tinygptq.kernels.cuda import decode_attention as da
     from tinygptq.kernels.cuda import prefill_attention as pa
     from tinygptq.kernels.cuda import rows
 
     rng = np.random.default_rng()
-    total, width, stream = start + tokens, da.width_of(dim), cp.cuda.get_current_stream()
+    total, width, stream = start + tokens, cache_width(dim), cp.cuda.get_current_stream()
     qkv, cos, sin = problem(rng, heads, groups, dim, total)
     qkv = qkv.astype(np.float16)
     want = expected(qkv, cos, sin, heads, groups, dim)[start:]

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from tinygptq.config import LlamaConfig
+from tinygptq.cuda.memory import allocate, decode_plan
 from tinygptq.cuda.weights import DeviceDense, DeviceWeights, Product, input_order
 from tinygptq.kernels.cuda import decode_attention, dense, dispatch, epilogues, matvec, rows
 from tinygptq.kernels.cuda.draw import draw
+from tinygptq.kernels.cuda.layout import cache_width
 from tinygptq.kernels.cuda.runtime import capability, cupy, multiprocessors
 
 DEPENDENT_LAUNCH = (9, 0)  # first capability on which a kernel may begin before the last one has ended
@@ -26,51 +28,29 @@ STRIP = 32  # columns of an epilogue's call
 MOST_SPLITS = 32
 
 
-class Sequences:
-    """Where each of R sequences stands, in device memory: all that a step reads besides weights and cache.
-
-    tokens, positions: int32 [R], the token to run next and where it stands. logits: float32 [R, vocab]. seen, uniforms and
-    the rest: what tinygptq/kernels/cuda/draw.py takes.
-    """
-
-    def __init__(self, rows: int, capacity: int, vocab: int) -> None:
-        cp = cupy()
-        self.tokens, self.positions, self.drawn = (cp.zeros(rows, np.int32) for _ in range(3))
-        self.logits = cp.zeros((rows, vocab), np.float32)
-        self.settings = cp.zeros((rows, 3), np.float32)
-        self.top_ks, self.minima = cp.ones(rows, np.int32), cp.zeros(rows, np.int32)
-        self.ends, self.seen = cp.zeros(vocab, np.bool_), cp.zeros((rows, vocab), np.bool_)
-        self.uniforms, self.history = cp.zeros((rows, capacity + 1)), cp.zeros((rows, capacity + 1), np.int32)
-
-
 class DecodeStep:
     """The kernels of one step for R sequences, and their graphs.
 
     Args:
+        sequences: arrays of :func:`tinygptq.cuda.memory.sequences_plan`, all that a step reads beside weights and cache.
         cache: keys, values float16 or int8 [layers, R, G, capacity, W], and their scales float16 [layers, R * G * capacity].
         cos, sin: float32 [capacity, D / 2].
     """
 
     def __init__(
-        self, config: LlamaConfig, weights: DeviceWeights, orders: list[dict[str, Any]], sequences: Sequences, cache: Any,
+        self, config: LlamaConfig, weights: DeviceWeights, orders: list[dict[str, Any]], sequences: Any, cache: Any,
         cos: Any, sin: Any, stream: Any,
     ) -> None:  # fmt: skip
-        cp, self.config, self.weights, self.orders, self.stream = cupy(), config, weights, orders, stream
+        self.config, self.weights, self.orders, self.stream = config, weights, orders, stream
         self.sequences, self.cache, self.cos, self.sin = sequences, cache, cos, sin
         self.dependent = capability() >= DEPENDENT_LAUNCH
-        count, hidden = len(sequences.tokens), config.hidden_size
+        cp, count = cupy(), len(sequences.tokens)
         heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.h = cp.zeros((count, hidden), np.float32)
-        self.x, self.x_mlp = (cp.zeros((count, hidden), np.float16) for _ in range(2))
-        self.qkv = cp.zeros((count, (heads + 2 * groups) * dim), np.float32)
-        self.mixed = cp.zeros((count, heads * dim), np.float16)
-        self.z = cp.zeros((count, config.intermediate_size), np.float16)
-        self.squares = cp.zeros((2, count, -(-hidden // STRIP)), np.float32)
-        tiling, width = decode_attention.Heads.of(heads, groups), decode_attention.width_of(dim)
+        self.at = allocate(decode_plan(config, count), cp)  # activations
+        tiling = decode_attention.Heads.of(heads, groups)
         self.splits = splits_of(tiling.tiles * count, multiprocessors())
-        self.sums = cp.zeros((count * tiling.tiles, self.splits, tiling.each, width + 4), np.float32)
+        self.sums = cp.zeros((count * tiling.tiles, self.splits, tiling.each, cache_width(dim) + 4), np.float32)
         self.arrived = cp.zeros(count * tiling.tiles, np.int32)
-        self.no_bias = cp.zeros(1, np.float32)
         bits = 16 if cache[0].dtype == np.float16 else 8
         self.attention = decode_attention.decode_attention_kernel(heads, groups, dim, bits)
         self.attention_grid = tiling.tiles, self.splits, count
@@ -84,30 +64,31 @@ class DecodeStep:
 
     def kernels(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """The kind of each kernel of a step, and what launches it, in order."""
-        weights, now, (attn, mlp) = self.weights, self.sequences, self.squares
+        weights, now, at, (attn, mlp) = self.weights, self.sequences, self.at, self.at.squares
         yield "embedding", self._embed
         for layer, block in enumerate(weights.blocks):
             order = self.orders[layer]
-            yield "qkv", self._product(block.qkv, self.x, epilogues.normed, self.qkv, (attn, mlp), ())
+            yield "qkv", self._product(block.qkv, at.x, epilogues.normed, at.qkv, (attn, mlp), ())
             cache = tuple(array[layer] for array in self.cache)
-            given = (self.qkv, self.cos, self.sin, now.positions, cache, order["o"], self.sums, self.arrived, self.mixed)
+            given = (at.qkv, self.cos, self.sin, now.positions, cache, order["o"], self.sums, self.arrived, at.mixed)
             yield "attention", partial(self._attend, given)
-            after = (block.post_norm, order["gate_up"], self.x_mlp, mlp)
-            yield "o", self._product(block.o, self.mixed, epilogues.residual, self.h, (attn,), after)
+            after = (block.post_norm, order["gate_up"], at.x_mlp, mlp)
+            yield "o", self._product(block.o, at.mixed, epilogues.residual, at.h, (attn,), after)
             yield (
                 "gate, up",
-                self._product(block.gate_up, self.x_mlp, epilogues.swiglu, self.z, (mlp, attn), (order["down"],)),
+                self._product(block.gate_up, at.x_mlp, epilogues.swiglu, at.z, (mlp, attn), (order["down"],)),
             )
             last = layer + 1 == len(weights.blocks)
             norm = weights.norm if last else weights.blocks[layer + 1].input_norm
-            after = (norm, self.orders[layer + 1]["qkv"], self.x, attn)
-            yield "down", self._product(block.down, self.z, epilogues.residual, self.h, (mlp,), after)
-        yield "head", self._product(weights.head, self.x, epilogues.normed, now.logits, (attn, mlp), ())
+            after = (norm, self.orders[layer + 1]["qkv"], at.x, attn)
+            yield "down", self._product(block.down, at.z, epilogues.residual, at.h, (mlp,), after)
+        yield "head", self._product(weights.head, at.x, epilogues.normed, now.logits, (attn, mlp), ())
 
     def _embed(self) -> None:
         weights, now, order = self.weights, self.sequences, self.orders[0]["qkv"]
         kernel, weight = rows.embed_kernel(self.config.hidden_size, self.config.rms_norm_eps), weights.blocks[0].input_norm
-        given = (weights.embedding, now.tokens, weight, order, self.h, self.x, self.squares)
+        at = self.at
+        given = (weights.embedding, now.tokens, weight, order, at.h, at.x, at.squares)
         kernel(len(now.tokens), rows.THREADS, self.stream, *given)
 
     def _attend(self, given: tuple) -> None:
@@ -115,7 +96,7 @@ class DecodeStep:
 
     def _product(self, product: Product, x: Any, epilogue: Any, y: Any, before: tuple, after: tuple) -> Callable[[], None]:
         """What computes ``x @ W`` into an epilogue whose extra arrays are ``before``, the bias, and ``after``."""
-        bias = self.no_bias if product.bias is None else product.bias
+        bias = self.at.no_bias if product.bias is None else product.bias
         made = epilogue(self.config.hidden_size, self.config.rms_norm_eps, product.bias is not None)
         return partial(multiply, product, x, made, y, (*before, bias, *after), self.stream, self.dependent)
 

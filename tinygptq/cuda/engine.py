@@ -13,12 +13,12 @@ import numpy as np
 
 from tinygptq import ops
 from tinygptq.config import LlamaConfig
-from tinygptq.cuda.decode import DecodeStep, Sequences, orders_of
+from tinygptq.cuda.decode import DecodeStep, orders_of
+from tinygptq.cuda.memory import allocate, cache_plan, predict, require_room, sequences_plan
 from tinygptq.cuda.model import CudaLlama
 from tinygptq.cuda.prefill import Prefill
 from tinygptq.cuda.weights import upload
 from tinygptq.errors import TinyGPTQError
-from tinygptq.kernels.cuda.decode_attention import width_of
 from tinygptq.kernels.cuda.draw import MOST
 from tinygptq.kernels.cuda.runtime import capability, cupy
 from tinygptq.sampling import Sampler
@@ -55,10 +55,13 @@ class CudaEngine:
         self.config, self.capacity, self.rows = config, context or config.max_position_embeddings, rows
         self.stream = cp.cuda.Stream(non_blocking=True)
         self.length = 0
+        free = cp.cuda.Device().mem_info[0]
+        wanted = predict(config, weights, self.capacity, rows, cache_bits)
+        require_room(wanted, free, config, rows, cache_bits)
         self.weights = upload(config, weights)
         orders = orders_of(self.weights)
-        self.sequences = Sequences(rows, self.capacity, config.vocab_size)
-        cache = make_cache(config, rows, self.capacity, cache_bits)
+        self.sequences = allocate(sequences_plan(config, rows, self.capacity), cp)
+        cache = tuple(vars(allocate(cache_plan(config, rows, self.capacity, cache_bits), cp)).values())
         cos, sin = decode_tables(config, self.capacity)
         self.step = DecodeStep(config, self.weights, orders, self.sequences, cache, cos, sin, self.stream)
         self.prompt = Prefill(config, self.weights, orders, cache, self.capacity, self.stream)
@@ -237,15 +240,6 @@ def _sound(token: int) -> int:
     if token < 0:
         raise TinyGPTQError("the logits hold NaN or infinity: the model's weights or its scales are broken")
     return token
-
-
-def make_cache(config: LlamaConfig, rows: int, capacity: int, bits: int) -> tuple[Any, Any, Any, Any]:
-    """Keys, values and their scales, all zero: see :class:`tinygptq.cuda.decode.DecodeStep`."""
-    cp, layers = cupy(), config.num_hidden_layers
-    groups, width = config.num_key_value_heads, width_of(config.head_dim)
-    shape, dtype = (layers, rows, groups, capacity, width), np.float16 if bits == 16 else np.int8
-    scales = (layers, rows * groups * capacity if bits == 8 else 1)
-    return cp.zeros(shape, dtype), cp.zeros(shape, dtype), cp.zeros(scales, np.float16), cp.zeros(scales, np.float16)
 
 
 def decode_tables(config: LlamaConfig, capacity: int) -> tuple[Any, Any]:

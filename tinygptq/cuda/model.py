@@ -15,7 +15,7 @@ from tinygptq.config import LlamaConfig
 from tinygptq.cuda.weights import TURN, DeviceDense, DeviceWeights, Product
 from tinygptq.kernels.cuda import dispatch, plain
 from tinygptq.kernels.cuda.cublas import cublas
-from tinygptq.kernels.cuda.decode_attention import width_of
+from tinygptq.kernels.cuda.layout import cache_width
 from tinygptq.kernels.cuda.prefill_attention import QUERIES, THREADS, prefill_attention_kernel
 from tinygptq.kernels.cuda.runtime import cupy
 from tinygptq.kvcache import KVCache
@@ -34,7 +34,7 @@ class CudaLlama(Llama):
         super().__init__(config, Weights(device.embedding, device.head.weight, norms, {}))
         self.device = device
         heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self._width, self._in_order = width_of(dim), cupy().arange(heads * dim, dtype=np.int32)
+        self._width, self._in_order = cache_width(dim), cupy().arange(heads * dim, dtype=np.int32)
         self._attend = prefill_attention_kernel(heads, groups, dim, self._width)
 
     def embed(self, ids: Any) -> Any:

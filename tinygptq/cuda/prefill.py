@@ -11,16 +11,15 @@ import numpy as np
 
 from tinygptq import ops
 from tinygptq.config import LlamaConfig
+from tinygptq.cuda.memory import CHUNK, allocate, prefill_plan, qkv_width
 from tinygptq.cuda.weights import DeviceDense, DeviceWeights, Product
 from tinygptq.kernels.cuda import dense, dispatch, plain, rows
 from tinygptq.kernels.cuda.cache_codec import expand_kernel
 from tinygptq.kernels.cuda.cublas import cublas
-from tinygptq.kernels.cuda.decode_attention import width_of
+from tinygptq.kernels.cuda.layout import cache_width
 from tinygptq.kernels.cuda.matvec import store
 from tinygptq.kernels.cuda.prefill_attention import QUERIES, THREADS, prefill_attention_kernel
 from tinygptq.kernels.cuda.runtime import cupy
-
-CHUNK = 2048  # tokens that go through the model together, at most
 
 
 class Prefill:
@@ -36,18 +35,10 @@ class Prefill:
         cp, self.config, self.weights, self.orders, self.cache, self.stream = cupy(), config, weights, orders, cache, stream
         self.chunk = min(CHUNK, capacity)
         heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.inner = (heads + 2 * groups) * dim
-        half = lambda width: cp.empty((self.chunk, width), np.float16)  # noqa: E731
-        self.h = cp.empty((self.chunk, config.hidden_size), np.float32)
-        self.x, self.y = half(config.hidden_size), half(config.hidden_size)
-        self.wide = half(max(self.inner, 2 * config.intermediate_size))  # q, k and v; then gate and up
-        self.z = half(max(config.intermediate_size, heads * dim))  # the mixture; then SwiGLU's result
         self.bits = 16 if cache[0].dtype == np.float16 else 8
-        width = width_of(dim)
-        self.attention = prefill_attention_kernel(heads, groups, dim, width)
+        self.at = allocate(prefill_plan(config, capacity, self.bits), cp)  # activations
+        self.attention = prefill_attention_kernel(heads, groups, dim, cache_width(dim))
         self.rotate = rows.rotate_kernel(heads, groups, dim, self.bits)
-        if self.bits == 8:  # attention reads fp16: keys and values of one layer, expanded
-            self.expanded = [cp.empty((groups, capacity, width), np.float16) for _ in range(2)]
 
     def run(self, ids: np.ndarray, start: int, row: int, logits: Any) -> None:
         """Append tokens int [T] at position ``start`` of sequence ``row``; ``logits`` float32 [1, vocab] of the last."""
@@ -59,32 +50,32 @@ class Prefill:
             self._embed(part)
             for layer in range(self.config.num_hidden_layers):
                 self._block(layer, len(part), start + first, row, cos, sin)
-        last = self.x[len(part) - 1 : len(part)]
+        last = self.at.x[len(part) - 1 : len(part)]
         head = self.weights.head
         kernel, grid = dense.dense_kernel(1, store), -(-head.out_features // dense.STRIP)
         kernel(grid, 32 * dense.WARPS, self.stream, last, head.weight, logits, ())
 
     def _embed(self, ids: np.ndarray) -> None:
         with self.stream:
-            self.h[: len(ids)] = self.weights.embedding[cupy().asarray(ids)]
+            self.at.h[: len(ids)] = self.weights.embedding[cupy().asarray(ids)]
         first = self.weights.blocks[0].input_norm
         self._norm(len(ids), first, self.orders[0]["qkv"], add=False)
 
     def _block(self, layer: int, tokens: int, start: int, row: int, cos: Any, sin: Any) -> None:
         config, block, order, stream = self.config, self.weights.blocks[layer], self.orders[layer], self.stream
-        qkv = self._linear(self.x[:tokens], block.qkv, self.wide, self.inner)
+        qkv = self._linear(self.at.x[:tokens], block.qkv, self.at.wide, qkv_width(config))
         cache = tuple(array[layer] for array in self.cache)
         self.rotate(tokens, 64, stream, qkv, cos, sin, start, row, cache)
         keys, values = self._keys_values(cache, row, start + tokens)
-        mixed = self._rows(self.z, tokens, config.num_attention_heads * config.head_dim)
+        mixed = self._rows(self.at.z, tokens, config.num_attention_heads * config.head_dim)
         grid = -(-tokens // QUERIES), config.num_attention_heads
         self.attention(grid, THREADS, stream, qkv, keys, values, start, order["o"], mixed)
-        self._linear(mixed, block.o, self.y, config.hidden_size)
+        self._linear(mixed, block.o, self.at.y, config.hidden_size)
         self._norm(tokens, block.post_norm, order["gate_up"])
-        gate_up = self._linear(self.x[:tokens], block.gate_up, self.wide, 2 * config.intermediate_size)
-        z = self._rows(self.z, tokens, config.intermediate_size)
+        gate_up = self._linear(self.at.x[:tokens], block.gate_up, self.at.wide, 2 * config.intermediate_size)
+        z = self._rows(self.at.z, tokens, config.intermediate_size)
         rows.swiglu((-(-z.shape[1] // rows.THREADS), tokens), rows.THREADS, stream, gate_up, order["down"], z)
-        self._linear(z, block.down, self.y, config.hidden_size)
+        self._linear(z, block.down, self.at.y, config.hidden_size)
         last = layer + 1 == config.num_hidden_layers
         norm = self.weights.norm if last else self.weights.blocks[layer + 1].input_norm
         self._norm(tokens, norm, self.orders[layer + 1]["qkv"])
@@ -95,14 +86,15 @@ class Prefill:
         if self.bits == 16:
             return keys[row], values[row]
         size = key_scales.size // len(keys)
-        for array, scales, out in zip((keys, values), (key_scales, value_scales), self.expanded, strict=True):
+        expanded = self.at.expanded_keys, self.at.expanded_values
+        for array, scales, out in zip((keys, values), (key_scales, value_scales), expanded, strict=True):
             part = scales[row * size : (row + 1) * size]
             expand_kernel((tokens, len(keys[row])), 32, self.stream, array[row], part, out)
-        return self.expanded[0], self.expanded[1]
+        return expanded
 
     def _norm(self, tokens: int, weight: Any, order: Any, add: bool = True) -> None:
         kernel = rows.add_norm_kernel(self.config.hidden_size, self.config.rms_norm_eps, add)
-        kernel(tokens, rows.THREADS, self.stream, self.h[:tokens], self.y[:tokens], weight, order, self.x[:tokens])
+        kernel(tokens, rows.THREADS, self.stream, self.at.h[:tokens], self.at.y[:tokens], weight, order, self.at.x[:tokens])
 
     def _linear(self, x: Any, product: Product, buffer: Any, width: int) -> Any:
         out = self._rows(buffer, len(x), width)

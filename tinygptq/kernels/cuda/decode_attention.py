@@ -22,6 +22,7 @@ import numpy as np
 
 from tinygptq.kernels.cuda.cache_codec import cache_reader, cache_writer, query_step
 from tinygptq.kernels.cuda.launch import Kernel
+from tinygptq.kernels.cuda.layout import cache_width
 from tinygptq.kernels.cuda.ptx import (
     float_from_bits,
     half2_from_floats,
@@ -58,11 +59,6 @@ class Heads:
         return cls(each, shared // each, heads // each)
 
 
-def width_of(dim: int) -> int:
-    """Dimensions of a head in the cache: padded with zeros to 64, 128 or 256, so that lanes divide them evenly."""
-    return max(64, 1 << (dim - 1).bit_length())
-
-
 @functools.cache
 def decode_attention_kernel(heads: int, groups: int, dim: int, cache_bits: int) -> Kernel:
     """The kernel ``(qkv, cos, sin, positions, cache, order, sums, arrived, out)``.
@@ -71,13 +67,13 @@ def decode_attention_kernel(heads: int, groups: int, dim: int, cache_bits: int) 
         heads, groups, dim: query heads, key-value heads, and dimensions of a head, a multiple of 4 up to 256.
         cache_bits: 16 or 8.
 
-    Shapes (W = :func:`width_of` dim): qkv float32 [R, (heads + 2 groups) * dim]; cos, sin float32 [capacity, dim / 2];
-    positions int32 [R], of the newest token; cache: keys, values float16 or int8 [R, groups, capacity, W], and their scales
+    Shapes (W = ``layout.cache_width(dim)``): qkv float32 [R, (heads + 2 groups) * dim]; cos, sin float32 [capacity, dim /
+    2]; positions int32 [R], of the newest token; cache: keys, values float16 or int8 [R, groups, capacity, W], and their scales
     float16 [R * groups * capacity] (unused with 16 bits); order int32 [heads * dim], where each element of out goes; sums
     float32 [R * tiles, splits, each, W + 4] and arrived int32 [R * tiles], 0 between calls; out float16 [R, heads * dim].
     Grid (tiles, splits, R), block 128.
     """
-    tiling, width = Heads.of(heads, groups), width_of(dim)
+    tiling, width = Heads.of(heads, groups), cache_width(dim)
     each, per_group, half = tiling.each, tiling.per_group, dim // 2
     lanes, at_once = width // 8, 256 // width  # lanes of one token, tokens a warp reads at once
     scale = np.float32(LOG2_E / math.sqrt(dim))
