@@ -15,6 +15,7 @@ from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import QuantizeConfig
 from tinygptq.export import QuantizedFolderWriter, new_folder
 from tinygptq.gptq import Hessian, Solution, solve
+from tinygptq.quantize_report import LOG_NAME
 
 FLOAT_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -110,6 +111,14 @@ def save_byte_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """A quantised folder's files, without the last column of quantize_log.csv, which is seconds."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if LOG_NAME in files:
+        files[LOG_NAME] = b"\n".join(line.rpartition(b",")[0] for line in files[LOG_NAME].splitlines())
+    return files
 
 
 def solve_all(source: Checkpoint, config: QuantizeConfig, seed: int = 0) -> dict[str, Solution]:

@@ -203,7 +203,7 @@ class Card(Host):
 
 
 def malloc(pool: Any, size: int) -> Any:
-    """From CuPy's pool, whose limit is soft: at it, unused pieces go back to the card; if that is not enough, the limit goes.
+    """From CuPy's pool, whose limit is soft: there, unused pieces go back to the card, and then, if need be, the limit goes.
 
     (Without one the pool would keep pieces of all the sizes that the stages of a block need one after another.)
     """

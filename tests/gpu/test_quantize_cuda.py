@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import random_llama_folder, save_byte_tokenizer
+from helpers import contents, random_llama_folder, save_byte_tokenizer
 
 from tinygptq.checkpoint import load_checkpoint
 from tinygptq.config import QuantizeConfig
 from tinygptq.quantization import quantize
-from tinygptq.quantize_report import LOG_NAME
 
 BLOCKS = 3
 KINDS = {
@@ -45,13 +44,6 @@ def run(source: Path, out: Path, text: Path, kind: str, **options):
     config, method = KINDS[kind]
     settings = {"dataset": str(text), "nsamples": 300, "seqlen": 40, "device": "cuda", "method": method, **options}
     return quantize(source, out, config, **settings)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    if LOG_NAME in files:
-        files[LOG_NAME] = b"\n".join(line.rpartition(b",")[0] for line in files[LOG_NAME].splitlines())
-    return files
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,14 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import random_llama_folder, save_byte_tokenizer
+from helpers import contents, random_llama_folder, save_byte_tokenizer
 
 from tinygptq import placement, quantization, resume
 from tinygptq.cli import main
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.quantization import LinearReport, QuantizeReport, quantize
-from tinygptq.quantize_report import LOG_NAME
 from tinygptq.resume import Progress, place_of, unfinished_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,14 +59,6 @@ def run(root: Path, out: Path, kind: str = "true-sequential", **options) -> Quan
     config, method = KINDS[kind]
     settings = {"dataset": str(root / "text.txt"), "nsamples": 4, "seqlen": 32, "method": method, "resume": True, **options}
     return quantize(settings.pop("src", root / "src"), out, settings.pop("config", config), **settings)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every byte but those of the log's last column, which are seconds."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    if LOG_NAME in files:
-        files[LOG_NAME] = b"\n".join(line.rpartition(b",")[0] for line in files[LOG_NAME].splitlines())
-    return files
 
 
 def whole(root: Path, kind: str = "true-sequential") -> dict[str, bytes]:
