@@ -7,14 +7,17 @@
 Every figure is the median over replays of a CUDA graph that runs the product once for each of several weights, together
 larger than the L2 cache by far, so that weights come from memory as they do in a model. Beside each timed figure stands the
 relative error of that same layer against float64, on fresh random numbers. Act-order layers are timed with x's columns in
-the order of the sorted rows, as the kernel before writes them. Each variant has a process of its own: they
-compile side by side, then measure one after another.
+the order of the sorted rows, as the kernel before writes them. Up to 16 rows there are two times: each product launched
+after the one before it has ended ("us"), and with programmatic dependent launch, as the decoding engine does it, so that a
+product asks for its first weights while the one before it ends ("us_dependent"). Each variant has a process of its own:
+they compile side by side, then measure one after another.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import multiprocessing
@@ -174,11 +177,13 @@ class Case:
         }
         if timed:
 
-            def work(stream: Any) -> None:
+            def work(stream: Any, dependent: bool = False) -> None:
                 for each in self.layers:
-                    dispatch.linear(x, each, out, stream, gathered=True)
+                    dispatch.linear(x, each, out, stream, gathered=True, dependent=dependent)
 
             result["us"] = graph_time(work, len(self.layers))
+            if result["kernel"] == "matvec" and capability() >= (9, 0):
+                result["us_dependent"] = graph_time(functools.partial(work, dependent=True), len(self.layers))
         return result
 
 
@@ -231,6 +236,8 @@ def measure(variants: list[str], rows: tuple[int, ...]) -> dict[str, Any]:
     for result in record["results"]:
         result["gb_per_s"] = result["bytes"] / result["us"] * 1e-3
         result["of_copy"] = result["gb_per_s"] * 1e-3 / record["copy_tb_per_s"]
+        if "us_dependent" in result:
+            result["of_copy_dependent"] = result["of_copy"] * result["us"] / result["us_dependent"]
         result["tflop_per_s"] = 2 * result["k"] * result["n"] * result["rows"] / result["us"] * 1e-6
         result |= {name: float(f"{value:.4g}") for name, value in result.items() if isinstance(value, float)}
     return record
@@ -267,8 +274,9 @@ def free_memory() -> None:
 
 def cell(result: dict[str, Any] | None, cublas_us: float) -> str:
     if result is None:
-        return " " * 22
-    return f"{result['us']:11.1f} {result['of_copy']:4.2f} {cublas_us / result['us']:5.2f}"
+        return " " * 33
+    early = f" ({result['us_dependent']:5.2f} {result['of_copy_dependent']:4.2f})" if "us_dependent" in result else " " * 13
+    return f"{result['us']:9.2f} {result['of_copy']:4.2f} {cublas_us / result['us']:5.2f}{early}"
 
 
 def print_table(record: dict[str, Any]) -> None:
@@ -276,8 +284,9 @@ def print_table(record: dict[str, Any]) -> None:
     results = record["results"]
     cublas = {(r["k"], r["n"], r["rows"]): r["us"] for r in results if r["variant"] == "cuBLAS fp16"}
     print(f"{record['device']}, {record['date']}; copy {record['copy_tb_per_s']:.2f} TB/s; versions {record['versions']}")
-    print("each cell: us, fraction of the copy bandwidth, cuBLAS fp16's time over ours; the last column the largest error\n")
-    shapes = "".join(f"{f'{k}x{n}':>22}" for k, n in SHAPES)
+    print("each cell: us, fraction of the copy bandwidth, cuBLAS fp16's time over ours; in brackets us and fraction with")
+    print("programmatic dependent launch; the last column the largest error\n")
+    shapes = "".join(f"{f'{k}x{n}':>33}" for k, n in SHAPES)
     print(f"{'variant':24}{'rows':>5} {'kernel':11}{shapes}")
     for variant in dict.fromkeys(r["variant"] for r in results):
         for rows in dict.fromkeys(r["rows"] for r in results):

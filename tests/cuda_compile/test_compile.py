@@ -17,7 +17,6 @@ if importlib.util.find_spec("numba_cuda") is None:
 from numba.cuda import types
 
 from tinygptq.kernels.cuda import dequantise, matmul, matvec, plain
-from tinygptq.kernels.cuda.runtime import cuda
 
 WORDS, HALVES, FLOATS, COUNTS = (types.Array(t, 1, "C") for t in (types.uint32, types.float16, types.float32, types.int32))
 ROWS = types.Array(types.float16, 2, "C")
@@ -30,9 +29,7 @@ MATMULS = (  # capability, bits, group size, zero point or None, row tiles
 
 
 def to_ptx(kernel, arguments: tuple, capability: tuple[int, int]) -> str:
-    text, _ = cuda.compile(
-        kernel.py_func, types.void(*arguments), cc=capability, output="ptx", device=False, abi="numba"
-    )  # fmt: skip
+    text = kernel.ptx(arguments, capability)
     assert f".target sm_{capability[0]}{capability[1]}" in text
     assert ".entry" in text
     return text
@@ -78,13 +75,36 @@ def test_matmul(capability, bits, group_size, zero, row_tiles):
     assert not count(ptx, "st.local")  # the sums stay in registers
 
 
-@pytest.mark.parametrize(
-    "capability,bits,group_size,zero,row_tiles,warps",
-    [((8, 0), 8, 128, 128, 1, 8), ((8, 6), 3, 32, None, 1, 16), ((8, 9), 2, 128, 2, 2, 4), ((9, 0), 4, 128, 8, 1, 16)],
+MATVECS = (  # capability, bits, group size, zero point or None, row tiles, plan, and what only some kernels have
+    ((8, 0), 8, 128, 128, 1, matvec.Plan(8, ahead=True), {}),
+    ((8, 6), 3, 32, None, 1, matvec.Plan(16), {"ragged": True}),
+    ((8, 9), 2, 64, 2, 2, matvec.Plan(8, width=2), {"wide_scales": True}),
+    ((9, 0), 4, 128, 8, 1, matvec.Plan(4, resident=6, ahead=True), {}),
+    ((9, 0), 4, 128, None, 2, matvec.Plan(8, width=2, split=2), {}),
 )
-def test_matvec(capability, bits, group_size, zero, row_tiles, warps):
-    kernel = matvec.matvec_kernel(bits, group_size, zero, row_tiles, warps, ragged=bits == 3)
-    ptx = to_ptx(kernel, (ROWS, WORDS, WORDS, WORDS, types.int64, ROWS), capability)
-    assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == 16 * row_tiles  # 4 units, 2 tiles, 2 steps
+
+
+@pytest.mark.parametrize("capability,bits,group_size,zero,row_tiles,plan,special", MATVECS)
+def test_matvec(capability, bits, group_size, zero, row_tiles, plan, special):
+    kernel = matvec.matvec_kernel(bits, group_size, zero, row_tiles, plan, **special)
+    ptx = to_ptx(kernel, (ROWS, WORDS, WORDS, WORDS, types.int64, ROWS, types.Tuple(())), capability)
+    # 4 units, 2 steps and 2 column tiles, and the sums of x
+    assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == (16 + 8) * row_tiles
     assert count(ptx, "ld.global.nc.L1::no_allocate.v4.u32") == 2 * bits  # the first chunk's words, and the next one's
+    assert count(ptx, "ld.global.v4.u32") == 4 * row_tiles  # x, which may have to wait, is not read through .nc
+    assert not count(ptx, "sub.rn.f16x2")  # codes are multiplied as they are
     assert not count(ptx, "st.local")
+    assert ("griddepcontrol.wait" in ptx) == ("griddepcontrol.launch_dependents" in ptx) == (capability >= (9, 0))
+    assert ("ld.shared::cluster.f32" in ptx) == (plan.split > 1)
+
+
+def test_an_epilogue_takes_the_place_of_the_store():
+    from tinygptq.kernels.cuda.tables import device_function
+
+    @device_function
+    def twice(row, strip, lane, value, y, extra):
+        y[row, 32 * strip + lane] = value * extra[0][row]
+
+    kernel = matvec.matvec_kernel(4, 128, 8, 1, matvec.Plan(8), epilogue=twice)
+    ptx = to_ptx(kernel, (ROWS, WORDS, WORDS, WORDS, types.int64, ROWS, types.Tuple((FLOATS,))), (9, 0))
+    assert count(ptx, "ld.global.f32")

@@ -41,14 +41,13 @@ def warp_mma(a, b, c):
 def lane_codes(words, bits):
     """The codes a lane finds in its words of one chunk [bits, lane, column] -> [lane, column c, pair, which]."""
     codes = np.zeros((32, 4, 16, 2), np.int64)
-    for i in range(16):
-        pair = 4 * (i // 4) + (0, 2, 1, 3)[i % 4]
+    for pair in range(16):
+        place = layout.place_of(bits, pair // 4, pair % 4)
         for which in range(2):
-            if bits == 3 and i == 15:
+            if place is None:
                 codes[:, :, pair, which] = sum((words[b] >> (15 + 16 * which) & 1) << b for b in range(3))
             else:
-                word, place = divmod(i, 16 // bits)
-                codes[:, :, pair, which] = words[word] >> (bits * place + 16 * which) & ((1 << bits) - 1)
+                codes[:, :, pair, which] = words[place[0]] >> (place[1] + 16 * which) & ((1 << bits) - 1)
     return codes
 
 
@@ -106,3 +105,87 @@ def test_equal_zeros_are_kept_as_one_number():
     linear.zeros[:] = 8
     layer = layout.to_device(linear, array=np.asarray)
     assert (layer.zero, layer.zeros) == (8, None)
+
+
+def lanes(operand, dtype):
+    """A register, or a constant of LLVM's builder, as an array over the lanes."""
+    return np.full(32, operand.constant, dtype) if hasattr(operand, "constant") else operand
+
+
+class NumpyBuilder:
+    """LLVM's builder as far as products need it, computing at once: a register is an array over the lanes."""
+
+    def lshr(self, a, b):
+        return a >> lanes(b, np.uint32)
+
+    def and_(self, a, b):
+        return a & lanes(b, np.uint32)
+
+    def or_(self, a, b):
+        return lanes(a, np.uint32) | b
+
+    def fadd(self, a, b):
+        return a + b
+
+    def fsub(self, a, b):
+        return lanes(a, np.float32) - b
+
+    def fmul(self, a, b):
+        return a * lanes(b, np.float32)
+
+    def fma(self, a, b, c):
+        return (a.astype(np.float64) * lanes(b, np.float64) + c).astype(np.float32)
+
+
+def numpy_mma(builder, a, b, c):
+    """products.mma_assembly: half2 registers to fp16 numbers, the products exact, the sums rounded to float32."""
+    a, b = (np.stack([lanes(r, np.uint32).view(np.float16).reshape(32, 2) for r in registers], 1) for registers in (a, b))
+    sums = warp_mma(a.astype(np.float64), b.astype(np.float64), np.stack([lanes(r, np.float64) for r in c], 1))
+    return list(sums.astype(np.float32).T)
+
+
+def lane_words(codes, bits):
+    """[128, 32] codes of a chunk -> the words of each lane, [4 * bits][lane]."""
+    return [w.ravel() for w in layout.tile(pack(codes, bits), bits)[0, 0].transpose(0, 2, 1).reshape(-1, 32)]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_are_exact_subnormals(bits):
+    products = pytest.importorskip("tinygptq.kernels.cuda.products", exc_type=ImportError)
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (128, 32))
+    codes[:, 5], codes[:, 6] = (1 << bits) - 1, 0
+    words = lane_words(codes, bits)
+    for unit, pair, c, which in np.ndindex(4, 4, 4, 2):
+        found = products._codes(NumpyBuilder(), words, c, bits, unit, pair).view(np.float16).reshape(32, 2)[:, which]
+        offset = products.offset_of(bits, unit, pair // 2)
+        expected = codes[32 * unit + 8 * T + 2 * pair + which, 4 * G + c] * 2.0 ** (offset - 24)
+        np.testing.assert_array_equal(found.astype(np.float64), expected)
+        assert offset + bits <= 10  # of the mantissa
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("units", "row_tiles"), [(4, 1), (2, 2), (1, 1), (4, 2)])
+def test_the_instructions_of_a_run_give_its_product(bits, units, row_tiles, monkeypatch):
+    """The very code that emits them, with NumPy for LLVM."""
+    products = pytest.importorskip("tinygptq.kernels.cuda.products", exc_type=ImportError)
+    monkeypatch.setattr(products, "mma_assembly", numpy_mma)
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 1 << bits, (128, 32))
+    x = rng.standard_normal((8 * row_tiles, 128)) * 10.0 ** rng.integers(-6, 3, (8 * row_tiles, 1))  # fp16's subnormals too
+    x = x.astype(np.float16)
+    scales = rng.uniform(1e-3, 1e-2, (4, 32)).astype(np.float32)
+    zeros = rng.integers(0, (1 << bits) + 1, (4, 32)).astype(np.float32)
+    k = 32 * np.arange(4)[:, None, None] + 8 * T[:, None] + np.arange(8)  # (unit, lane, 8)
+    rows = [x[8 * tile + G[:, None], k[unit]] for tile in range(row_tiles) for unit in range(4)]
+    rows = [r.copy() for eight in rows for r in np.ascontiguousarray(eight).view(np.uint32).T]
+    total, expected = [np.zeros(32, np.float32)] * (8 * row_tiles), np.zeros((8 * row_tiles, 32))
+    for run in range(0, 4, units):
+        span, part = range(run, run + units), slice(32 * run, 32 * (run + units))
+        tables = ([t[run, 4 * G + c] for c in range(4)] for t in (scales, zeros))
+        total = products.emit_run(NumpyBuilder(), bits, span, row_tiles, total, lane_words(codes, bits), *tables, rows)
+        expected += x[:, part].astype(np.float64) @ (scales[run] * (codes[part] - zeros[run].astype(np.float64)))
+    for place, found in enumerate(total):
+        tile, half, i = np.unravel_index(place, (row_tiles, 2, 4))
+        row, column = 8 * tile + 2 * T + i % 2, 4 * G + 2 * half + i // 2
+        bound = 2e-6 * np.linalg.norm(expected[row], axis=1)
+        assert (np.abs(found * products.UNIT - expected[row, column]) <= bound).all(), place

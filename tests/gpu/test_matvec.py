@@ -42,3 +42,79 @@ def test_long_and_wide_layers(columns):
     assert relative_error(first, exact_product(x, packed)) <= 1e-5
     for _ in range(5):
         np.testing.assert_array_equal(dispatch.linear(x_device, device, out, kernel="matvec").get(), first)
+
+
+@pytest.mark.parametrize("rows", [3, 16])
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[6]], ids=[LAYER_NAMES[0], LAYER_NAMES[6]])
+def test_every_plan_gives_the_product(layer, rows, monkeypatch):
+    from tinygptq.kernels.cuda import dispatch, matvec
+    from tinygptq.kernels.cuda.layout import to_device
+    from tinygptq.kernels.cuda.runtime import capability, cupy
+
+    rng = fresh_generator()
+    packed = random_linear(rng, *layer[:4], 1440, 256)
+    device, x = to_device(packed), cupy().asarray(random_rows(rng, rows, 1440))
+    exact = exact_product(x.get(), packed)
+    plans = [matvec.Plan(8), matvec.Plan(4, resident=4, ahead=True), matvec.Plan(8, width=2)]
+    if capability() >= (9, 0):
+        plans += [matvec.Plan(4, width=2, split=2), matvec.Plan(4, split=4)]
+    for plan in plans:
+        monkeypatch.setattr(matvec, "plan", lambda *args, plan=plan: plan)
+        out = cupy().full((rows, 256), np.nan, np.float32)
+        dispatch.linear(x, device, out, kernel="matvec")
+        assert relative_error(out.get(), exact) <= 1e-5, plan
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_products_that_begin_early_wait_for_their_input(rows):
+    """Each product's x is what the one before it wrote; weights are there all along."""
+    from tinygptq.kernels.cuda import dispatch
+    from tinygptq.kernels.cuda.layout import to_device
+    from tinygptq.kernels.cuda.runtime import capability, cupy
+
+    if capability() < (9, 0):
+        pytest.skip("programmatic dependent launch needs compute capability 9.0")
+    cp, rng = cupy(), fresh_generator()
+    layers = [to_device(random_linear(rng, 4, 128, True, False, 4096, 4096)) for _ in range(4)]
+    states = [cp.asarray(random_rows(rng, rows, 4096) / 64)] + [cp.empty((rows, 4096), np.float16) for _ in layers]
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
+
+    def run(dependent):
+        for y in states[1:]:
+            y[...] = np.nan
+        cp.cuda.Device().synchronize()
+        for layer, x, y in zip(layers, states, states[1:], strict=False):
+            dispatch.linear(x, layer, y, stream, dependent=dependent)
+        stream.synchronize()
+        return [y.get() for y in states[1:]]
+
+    expected = run(dependent=False)
+    assert np.isfinite(expected[0]).all()
+    for _ in range(20):
+        for found, right in zip(run(dependent=True), expected, strict=True):
+            np.testing.assert_array_equal(found, right)
+
+
+def test_an_epilogue_sees_each_sum_once():
+    from tinygptq.kernels.cuda import dispatch
+    from tinygptq.kernels.cuda.layout import to_device
+    from tinygptq.kernels.cuda.runtime import cuda, cupy
+    from tinygptq.kernels.cuda.tables import device_function
+
+    @device_function
+    def count_and_scale(row, strip, lane, value, y, extra):
+        factors, calls = extra
+        column = 32 * strip + lane
+        if column < y.shape[1]:
+            y[row, column] = value * factors[column]
+            cuda.atomic.add(calls, row * y.shape[1] + column, 1)
+
+    cp, rng = cupy(), fresh_generator()
+    packed = random_linear(rng, 4, 128, False, False, 640, 264)
+    factors, x = rng.normal(size=264).astype(np.float32), random_rows(rng, 5, 640)
+    y, calls = cp.full((5, 264), np.nan, np.float32), cp.zeros(5 * 264, np.int32)
+    arguments = cp.asarray(x), to_device(packed), y, cp.cuda.get_current_stream()
+    dispatch.multiply_rows(*arguments, epilogue=count_and_scale, extra=(cp.asarray(factors), calls))
+    assert relative_error(y.get(), exact_product(x, packed) * factors) <= 1e-5
+    assert (calls.get() == 1).all()

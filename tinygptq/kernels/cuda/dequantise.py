@@ -9,6 +9,7 @@ import functools
 
 import numpy as np
 
+from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.layout import COLUMNS as STRIP
 from tinygptq.kernels.cuda.layout import ROWS as CHUNK
 from tinygptq.kernels.cuda.ptx import load_stream_pieces, mul_half2, store_16_bytes
@@ -51,7 +52,6 @@ def dequantise_kernel(bits: int, group_size: int, zero: int | None, wide_scales:
             store_column(out, column + 2, k, v[8], v[9], v[10], v[11], s[2])
             store_column(out, column + 3, k, v[12], v[13], v[14], v[15], s[3])
 
-    @cuda.jit
     def dequantise(codes, scales, zeros, groups, first_strip, out):
         lane = cuda.threadIdx.x % 32
         chunk = cuda.blockIdx.x * WARPS + cuda.threadIdx.x // 32
@@ -70,7 +70,7 @@ def dequantise_kernel(bits: int, group_size: int, zero: int | None, wide_scales:
             low, up = decode_zeros(offset[3])
             store_unit(out, column, k + 96, unpack_3(words, low, up), scale[3])
 
-    return dequantise
+    return Kernel(dequantise)
 
 
 def grid_of(in_features: int, columns: int) -> tuple[tuple[int, int], int]:

@@ -19,12 +19,13 @@ import numpy as np
 
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels.cuda import dequantise, matmul, matvec, plain
-from tinygptq.kernels.cuda.cublas import cublas
-from tinygptq.kernels.cuda.layout import ROWS, DeviceLinear
-from tinygptq.kernels.cuda.runtime import capability, cuda, cupy, multiprocessors
+from tinygptq.kernels.cuda.cublas import Part, cublas
+from tinygptq.kernels.cuda.layout import COLUMNS, ROWS, DeviceLinear
+from tinygptq.kernels.cuda.runtime import capability, cupy, multiprocessors
 
 MATVEC_ROWS = 16  # at most
 MATMUL_ROWS = 192
+DEQUANTISED_BYTES = 64 << 20  # of weights that are fp16 at a time: enough to keep the card busy
 TENSOR_CORES = (8, 0)  # first capability with mma.m16n8k16 and cp.async
 
 
@@ -38,7 +39,14 @@ def choose(capability: tuple[int, int], rows: int, group_size: int) -> str:
 
 
 def linear(
-    x: Any, layer: DeviceLinear, out: Any = None, stream: Any = None, *, gathered: bool = False, kernel: str | None = None
+    x: Any,
+    layer: DeviceLinear,
+    out: Any = None,
+    stream: Any = None,
+    *,
+    gathered: bool = False,
+    kernel: str | None = None,
+    dependent: bool = False,
 ) -> Any:
     """``x @ W + bias``.
 
@@ -51,6 +59,7 @@ def linear(
         gathered: x's columns are in the order of ``layer.perm`` already, because the kernel before this one wrote them so;
             else they are in the model's order, and an act-order layer costs one small kernel more.
         kernel: one of :func:`choose`'s names instead of its choice.
+        dependent: a matvec may begin early: see :func:`multiply_rows`.
 
     Returns:
         ``out``.
@@ -69,9 +78,12 @@ def linear(
             return out
         if layer.perm is not None and not gathered:
             x = _gather(x, layer.perm, stream)
-        KERNELS[kernel](x, layer, out, stream)
+        if kernel == "matvec":
+            multiply_rows(x, layer, out, stream, dependent=dependent)
+        else:
+            KERNELS[kernel](x, layer, out, stream)
         if layer.bias is not None:
-            plain.add_bias[_blocks(out.size), 256, _numba(stream)](out, layer.bias)
+            plain.add_bias(_blocks(out.size), 256, stream, out, layer.bias)
     return out
 
 
@@ -90,15 +102,35 @@ def _run_plain(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
     grid, block = plain.grid_of(*out.shape)
     kernel = plain.plain_kernel(layer.bits, layer.group_size, layer.zero)
     zeros = layer.scales if layer.zeros is None else layer.zeros
-    kernel[grid, block, _numba(stream)](x, layer.codes, layer.scales, zeros, out)
+    kernel(grid, block, stream, x, layer.codes, layer.scales, zeros, out)
 
 
-def _run_matvec(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
-    strips, row_tiles = layer.codes.shape[0], 1 if x.shape[0] <= 8 else 2
-    warps = matvec.warps_of(strips, row_tiles, multiprocessors())
-    special = {"ragged": x.shape[1] % ROWS != 0, "wide_scales": layer.scales.dtype.itemsize == 4}
-    kernel = matvec.matvec_kernel(layer.bits, layer.group_size, layer.zero, row_tiles, warps, **special)
-    kernel[strips, 32 * warps, _numba(stream)](x, *_words(layer), layer.scales.shape[1], out)
+def multiply_rows(
+    x: Any,
+    layer: DeviceLinear,
+    y: Any,
+    stream: Any,
+    *,
+    epilogue: Any = matvec.store,
+    extra: tuple = (),
+    dependent: bool = False,
+) -> None:
+    """1 to 16 rows of x times the layer's weights, handed to an epilogue; from compute capability 8.0.
+
+    Args:
+        x: CuPy float16 [M, K], C-contiguous, its columns in the order of ``layer.perm``.
+        y, extra: what the epilogue writes to and reads; by default y is float16 or float32 [M, N] and becomes ``x @ W``.
+        epilogue: see :func:`~.matvec.matvec_kernel`.
+        dependent: the kernel may begin while the one before it still runs (programmatic dependent launch, 9.0). It reads
+            weights at once, so nothing that is still at work on the stream may write them.
+    """
+    row_tiles = 1 if x.shape[0] <= 8 else 2
+    plan = matvec.plan(layer.codes.shape[0], row_tiles, layer.bits, layer.group_size, multiprocessors(), capability())
+    special = {"ragged": x.shape[1] % ROWS != 0, "wide_scales": layer.scales.dtype.itemsize == 4, "epilogue": epilogue}
+    kernel = matvec.matvec_kernel(layer.bits, layer.group_size, layer.zero, row_tiles, plan, **special)
+    grid = layer.codes.shape[0] // plan.width * plan.split
+    arguments = x, *_words(layer), layer.scales.shape[1], y, extra
+    kernel(grid, 32 * plan.warps, stream, *arguments, dependent=dependent, cluster=plan.split)
 
 
 def _run_matmul(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
@@ -107,20 +139,27 @@ def _run_matmul(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
     kernel = matmul.matmul_kernel(layer.bits, layer.group_size, layer.zero, plan.row_tiles, **wide)
     sums, arrived = _sums_workspace(plan.sums), _arrived_workspace(2 * plan.tiles)
     groups = layer.scales.shape[1]
-    kernel[plan.grid, matmul.THREADS, _numba(stream)](x, *_words(layer), groups, plan.chunks_each, out, sums, arrived)
+    kernel(plan.grid, matmul.THREADS, stream, x, *_words(layer), groups, plan.chunks_each, out, sums, arrived)
 
 
 def _run_dequantise(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
-    weight = dequantised(layer, stream)
-    cublas().multiply_transposed(x, weight, out, stream.ptr)
+    (rows, inner), columns = x.shape, layer.out_features
+    step = max(1, DEQUANTISED_BYTES // (2 * COLUMNS * inner)) * COLUMNS
+    for first in range(0, columns, step):
+        count = min(step, columns - first)
+        weight = dequantised(layer, stream, first // COLUMNS, count)
+        here = Part(out, columns, first)
+        cublas().gemm(Part(weight, inner, transposed=True), Part(x, inner), here, (count, rows, inner), stream.ptr)
 
 
-def dequantised(layer: DeviceLinear, stream: Any) -> Any:
-    """W transposed, float16 [N, K] in the order of the sorted rows; the memory belongs to the next call too."""
-    weight = _weight_workspace(layer.out_features * layer.in_features).reshape(layer.out_features, layer.in_features)
+def dequantised(layer: DeviceLinear, stream: Any, first_strip: int = 0, columns: int | None = None) -> Any:
+    """W transposed, float16 [N, K] in the order of the sorted rows, or ``columns`` of it from a strip on; the memory belongs
+    to the next call too."""
+    columns = layer.out_features if columns is None else columns
+    weight = _weight_workspace(columns * layer.in_features).reshape(columns, layer.in_features)
     kernel = dequantise.dequantise_kernel(layer.bits, layer.group_size, layer.zero, layer.scales.dtype.itemsize == 4)
-    grid, block = dequantise.grid_of(layer.in_features, layer.out_features)
-    kernel[grid, block, _numba(stream)](*_words(layer), layer.scales.shape[1], 0, weight)
+    grid, block = dequantise.grid_of(layer.in_features, columns)
+    kernel(grid, block, stream, *_words(layer), layer.scales.shape[1], first_strip, weight)
     return weight
 
 
@@ -130,13 +169,9 @@ def _words(layer: DeviceLinear) -> tuple[Any, Any, Any]:
     return layer.codes.reshape(-1), scales, scales if layer.zeros is None else layer.zeros.reshape(-1).view(np.uint32)
 
 
-def _numba(stream: Any) -> Any:
-    return cuda.external_stream(stream.ptr)
-
-
 def _gather(x: Any, perm: Any, stream: Any) -> Any:
     out = _x_workspace(x.size).reshape(x.shape)
-    plain.gather_columns[_blocks(x.size), 256, _numba(stream)](x, perm, out)
+    plain.gather_columns(_blocks(x.size), 256, stream, x, perm, out)
     return out
 
 
@@ -163,4 +198,4 @@ _x_workspace, _weight_workspace = _Workspace(np.float16), _Workspace(np.float16)
 _sums_workspace, _arrived_workspace = _Workspace(np.float32), _Workspace(np.int32)
 
 
-KERNELS = {"matvec": _run_matvec, "matmul": _run_matmul, "dequantise": _run_dequantise, "plain": _run_plain}
+KERNELS = {"matmul": _run_matmul, "dequantise": _run_dequantise, "plain": _run_plain}

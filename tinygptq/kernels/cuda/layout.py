@@ -9,11 +9,12 @@ that mma wants of it (the fragments are drawn in ``ptx``)::
 
 The 16 pairs of a column lie in ``bits`` words, ``16 // bits`` of them in each: a pair's first code in the lower half of the
 word, its second code at the same place of the upper half, so that one ``and`` leaves a half2's two mantissas. A unit's
-pairs stand in the order 0, 2, 1, 3: pairs 0 and 1 at even places, 2 and 3 at odd ones::
+pairs stand in the order 0, 2, 1, 3: pairs 0 and 1 at even places, 2 and 3 at odd ones (:func:`place_of`)::
 
     4 bits     bit 31                         16 15                          0
                | p3.1 | p1.1 | p2.1 | p0.1 | p3.0 | p1.0 | p2.0 | p0.0 |      word u: unit u
-    3 bits     five pairs in each word (bits 0-14 of each half); bit 15 of word b's halves is bit b of the last pair
+    3 bits     word u, u < 3: the four pairs of unit u, then pair u of unit 3 in bits 12-14 of each half; bit 15 of word b's
+               halves is bit b of unit 3's pair 3
 
 Chunks of one *strip* of 32 columns follow each other, so that a block which works on a strip reads one stretch of memory.
 Rows are padded to whole chunks and columns to whole strips; kernels multiply padded rows by x = 0 and write no padded
@@ -31,6 +32,7 @@ from tinygptq.packing import PackedLinear
 
 ROWS, COLUMNS = 128, 32  # of a chunk
 PAIRS = 16  # of one column in one lane's part of a chunk
+HALF_ONES = 0x00010001
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,7 @@ def to_device(linear: PackedLinear, array: Any = None) -> DeviceLinear:
     constant = int(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else None
     narrow = zeros.astype(np.uint16 if bits == 8 else np.uint8)  # 8 bits: zeros run from 0 to 256
     return DeviceLinear(
-        codes=tile(array(linear.qweight), bits),
+        codes=tile(array(linear.qweight), bits, None if linear.sorted else array(linear.perm)),
         scales=strips(array(linear.scales), groups),
         zeros=None if constant is not None else strips(array(narrow), groups),
         zero=constant,
@@ -86,28 +88,41 @@ def to_device(linear: PackedLinear, array: Any = None) -> DeviceLinear:
     )
 
 
+def place_of(bits: int, unit: int, pair: int) -> tuple[int, int] | None:
+    """(word, bit of each half) where a unit's pair stands; None for unit 3's pair 3 of 3 bits, which is spread."""
+    place = (0, 2, 1, 3)[pair]
+    if bits == 3:
+        return (unit, 3 * place) if unit < 3 else (pair, 12) if pair < 3 else None
+    word, place = divmod(4 * unit + place, 16 // bits)
+    return word, bits * place
+
+
 def strips(table: Any, groups: int) -> Any:
     """[at most ``groups``, N] -> [S, groups, 32], padded with zeros."""
     padded = np.pad(table, ((0, groups - table.shape[0]), (0, -table.shape[1] % COLUMNS)))
     return padded.reshape(groups, -1, COLUMNS).transpose(1, 0, 2).copy()  # (S, groups, 32)
 
 
-def tile(qweight: Any, bits: int) -> Any:
-    """GPTQ's words, uint32 [K * bits / 32, N] -> uint32 [S, C, bits, 32, 4]; see the module for the order. NumPy or CuPy."""
+def tile(qweight: Any, bits: int, perm: Any = None) -> Any:
+    """GPTQ's words, uint32 [K * bits / 32, N] -> uint32 [S, C, bits, 32, 4]; see the module for the order. NumPy or CuPy.
+
+    Args: perm: int [K], the order in which rows are taken; None is as they are.
+    """
     codes = _codes(qweight, bits)  # (K, N)
+    codes = codes if perm is None else codes[perm]
     codes = np.pad(codes, ((0, -codes.shape[0] % ROWS), (0, -codes.shape[1] % COLUMNS)))
     # k = (chunk, unit u, t, pair i // 2, i % 2, which of the pair); n = (strip, g, c)
     chunks, column_strips = codes.shape[0] // ROWS, codes.shape[1] // COLUMNS
     codes = codes.reshape(chunks, 4, 4, 2, 2, 2, column_strips, 8, 4)
-    codes = codes.transpose(1, 4, 3, 5, 6, 0, 7, 2, 8).reshape(PAIRS, 2, -1)  # (place, which, strip chunk g t c)
+    codes = codes.transpose(1, 3, 4, 5, 6, 0, 7, 2, 8).reshape(PAIRS, 2, -1)  # (pair, which, strip chunk g t c)
     halves = codes[:, 0].astype(np.uint32) | codes[:, 1].astype(np.uint32) << np.uint32(16)  # (16, S * C * 128)
     words = np.zeros_like(halves, shape=(bits, halves.shape[1]))
-    for i in range(bits * (PAIRS // bits)):
-        word, place = divmod(i, PAIRS // bits)
-        words[word] |= halves[i] << np.uint32(bits * place)
-    if bits == 3:
-        for bit in range(3):
-            words[bit] |= (halves[15] >> np.uint32(bit) & np.uint32(0x00010001)) << np.uint32(15)
+    for i in range(PAIRS):
+        if place := place_of(bits, i // 4, i % 4):
+            words[place[0]] |= halves[i] << np.uint32(place[1])
+        else:
+            for bit in range(3):
+                words[bit] |= (halves[i] >> np.uint32(bit) & np.uint32(HALF_ONES)) << np.uint32(15)
     words = words.reshape(bits, column_strips, chunks, 32, 4)
     return words.transpose(1, 2, 0, 3, 4).copy()  # (S, C, bits, 32, 4)
 
@@ -123,3 +138,8 @@ def _codes(words: Any, bits: int) -> Any:
             code = code | words[:, word + 1] << np.uint32(32 - shift)
         codes[:, i] = code & np.uint32((1 << bits) - 1)
     return codes.reshape(-1, words.shape[2])  # (K, N)
+
+
+def cache_width(dim: int) -> int:
+    """Dimensions of a head in the key-value cache: padded with zeros to 64, 128 or 256, so that lanes divide them evenly."""
+    return max(64, 1 << (dim - 1).bit_length())

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.layout import COLUMNS as STRIP
 from tinygptq.kernels.cuda.layout import ROWS as CHUNK
 from tinygptq.kernels.cuda.ptx import (
@@ -87,7 +88,6 @@ def matmul_kernel(
             copy_async_or_zero(shared, to, x, source + row * x.shape[1] + k + 32 * unit, inside)
         copy_async_commit()
 
-    @cuda.jit(launch_bounds=(THREADS, RESIDENT[row_tiles]))
     def fused_matmul(x, codes, scales, zeros, groups, chunks_each, y, sums, arrived):
         shared = cuda.shared.array(shared_words, np.float32)
         total = cuda.local.array((row_tiles, 8), np.float32)
@@ -136,7 +136,7 @@ def matmul_kernel(
             _leave(total, row_tiles, sums, arrived)
             _add_and_store(row_tiles, wide_out, sums, y, first_row, strip, lane)
 
-    return fused_matmul
+    return Kernel(fused_matmul, (THREADS, RESIDENT[row_tiles]))
 
 
 def _stage_product(bits, zero, row_tiles, first_unit, wide_scales):

@@ -1,198 +1,225 @@
 """1 to 16 rows of x: one decoded token, or a small batch, at the speed at which the weights can be read (8.0 and up).
 
-A block computes one strip of 32 columns; its warps share out the chunks (128 k) of K and add up their sums at the end, in
-shared memory and always in the same order. A lane gets the words of its codes with ``bits`` loads of 16 bytes
-(:mod:`.layout`) and its part of x, which all blocks read and the caches hold, straight as mma's B. As in :mod:`.matmul`
-the product is computed transposed: W is A, so that 1 to 8 rows of x cost the same, and 9 to 16 one mma more for each.
-Codes minus zero points are exact in fp16, sums are float32, and so is the scaling of a group's sum.
+A block computes ``width`` strips of 32 columns; its warps share out the strips and the chunks (128 k) of K and add up their
+sums at the end, in shared memory and always in the same order. A lane gets the words of its codes with ``bits`` loads of 16
+bytes (:mod:`.layout`) and its part of x, which all blocks read and the caches hold, straight as mma's B. As in
+:mod:`.matmul` the product is computed transposed: W is A, so that 1 to 8 rows of x cost the same, and 9 to 16 one mma more
+for each. :mod:`.products` says how codes are multiplied.
 
-What limits it is how many bytes are on their way at once. With few strips, one block of 16 warps fills a multiprocessor and
-each warp asks for its next chunk before it multiplies the one in hand; with many, smaller blocks take turns.
+What limits it is how soon and how many bytes are on their way. So weights are the first thing a warp asks for, before x,
+and where the kernel starts beside the one in front of it (``dependent``), before that one has ended.
 """
 
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.layout import COLUMNS as STRIP
 from tinygptq.kernels.cuda.layout import ROWS as CHUNK
-from tinygptq.kernels.cuda.ptx import load_stream_pieces, load_words, mma
+from tinygptq.kernels.cuda.products import UNIT, leave_sums, run_product
+from tinygptq.kernels.cuda.ptx import (
+    cluster_barrier,
+    load_shared_of,
+    load_stream_pieces,
+    load_written_words,
+)
 from tinygptq.kernels.cuda.runtime import cuda
-from tinygptq.kernels.cuda.tables import device_function, scale_floats, table_decoder, table_reader
-from tinygptq.kernels.cuda.unpack import levels
+from tinygptq.kernels.cuda.steps import begin_dependents, wait_for_dependencies
+from tinygptq.kernels.cuda.tables import device_function, scale_floats, table_reader, zero_floats
 
-RESIDENT = {4: 4, 8: 3, 16: 1}  # warps of a block: blocks that must fit on a multiprocessor at once
 PITCH = STRIP + 4  # floats between rows of the sums in shared memory: lanes of a warp fall on different banks
 NO_X = (np.uint32(0),) * 4
-NO_SUM = (np.float32(0),) * 4
 
 
-def warps_of(strips: int, row_tiles: int, multiprocessors: int) -> int:
-    """Warps in a block: 16 while every multiprocessor has at most one block, else 8, or 4 where registers are short."""
-    if strips <= multiprocessors:
-        return 16
-    return 8 if row_tiles == 1 else 4
+@device_function
+def store(row, strip, lane, value, y, extra):
+    """The plain epilogue: ``y[row, 32 * strip + lane] = value``."""
+    column = STRIP * strip + lane
+    if column < y.shape[1]:
+        y[row, column] = value
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is divided.
+
+    Attributes:
+        warps: of a block.
+        width: strips of a block; its warps share them, and x, which the multiprocessor's cache then holds for all of them.
+        split: blocks that share K, as one cluster (compute capability 9.0), and add up their sums through shared memory.
+        ahead: each warp asks for its next chunk before it multiplies the one in hand.
+        resident: blocks that must fit on a multiprocessor at once, which bounds the registers.
+    """
+
+    warps: int
+    width: int = 1
+    split: int = 1
+    ahead: bool = False
+    resident: int = 1
+
+
+def plan(strips: int, row_tiles: int, bits: int, group_size: int, multiprocessors: int, capability: tuple[int, int]) -> Plan:
+    """How to divide a product of so many strips, as measured on an H100: all blocks run at once where they fit.
+
+    ``row_tiles`` as for :func:`matvec_kernel`. Asking for the next chunk early pays while its registers are to be had.
+    """
+    each = -(-strips // multiprocessors)  # blocks of a multiprocessor
+    if row_tiles == 2:
+        return Plan(8, ahead=True) if each == 1 else Plan(4, resident=4) if each <= 3 else Plan(8, resident=2)
+    if each == 1 or bits == 8:
+        return Plan(16, ahead=bits in (3, 4))
+    ahead = bits == 4 and group_size % CHUNK == 0
+    return Plan(8, resident=3, ahead=ahead) if each <= 3 else Plan(4, resident=6, ahead=ahead)
 
 
 @functools.cache
 def matvec_kernel(
-    bits: int, group_size: int, zero: int | None, row_tiles: int, warps: int, *, ragged: bool, wide_scales: bool = False
+    bits: int,
+    group_size: int,
+    zero: int | None,
+    row_tiles: int,
+    plan: Plan,
+    *,
+    ragged: bool = False,
+    wide_scales: bool = False,
+    epilogue: Any = store,
 ):
-    """The kernel ``(x, codes, scales, zeros, groups, y)`` that writes ``y = x @ W``.
+    """The kernel ``(x, codes, scales, zeros, groups, y, extra)`` that hands the sums of ``x @ W`` to an epilogue.
 
     Args:
         bits, group_size, zero: as in :class:`~.layout.DeviceLinear`; the group size a multiple of 32.
         row_tiles: 1 for up to 8 rows of x, 2 for up to 16.
-        warps: of a block, 4, 8 or 16: :func:`warps_of`.
+        plan: its width divides the strips and its warps.
         ragged: K is no multiple of 128.
         wide_scales: the scales are float32.
+        epilogue: a device function ``(row, strip, lane, value, y, extra)``, called once for each row and strip by a whole
+            warp, lane i with the float32 sum of column ``32 * strip + i``, beyond N too; y and extra are the kernel's.
 
     Shapes: x float16 [M, K] with columns in the order of the sorted rows; codes, scales and zeros those of a DeviceLinear,
-    flat, as uint32; ``groups`` the second axis of the scales; y float16 or float32 [M, N].
-    Grid (strips), block ``32 * warps``.
+    flat, as uint32; ``groups`` the second axis of the scales; y [M, N] and the tuple extra as the epilogue wants them.
+    Grid (strips // width * split) in clusters of ``split``, block ``32 * warps``.
     """
-    # each warp's next chunk is asked for before the one in hand is multiplied, where registers allow it
-    ahead = warps == 16 and row_tiles == 1 and bits < 8
-    rows = 8 * row_tiles
-    partial_size = warps * rows * PITCH
-    load_codes = load_stream_pieces(bits)
+    warps, width, split = plan.warps, plan.width, plan.split
+    rows, step, chunk_words = 8 * row_tiles, warps // width, bits * CHUNK
+    partial_size, ahead = warps * rows * PITCH, plan.ahead
+    load_codes, leave = load_stream_pieces(bits), leave_sums(row_tiles, PITCH)
     fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
-    fetch_x = _x_reader(ragged)
+    fetch_x = _x_reader(ragged, row_tiles)
     multiply_chunk = _chunk_product(bits, group_size, zero, row_tiles, wide_scales)
+    finish = _finisher(rows, plan, epilogue)
+    no_sums = (np.float32(0),) * rows
 
     @device_function
-    def fetch(x, codes, scales, zeros, codes_at, table, low_row, high_row, chunk):
-        """All that a lane needs of one chunk."""
-        words = load_codes(codes, codes_at + chunk * bits * CHUNK)
+    def fetch(codes, scales, zeros, codes_at, table, chunk):
+        """What a lane needs of one chunk's weights."""
+        words = load_codes(codes, codes_at + chunk * chunk_words)
         scale, offset = fetch_tables(scales, zeros, table, chunk)
-        k = CHUNK * chunk + 8 * (cuda.threadIdx.x & 3)
-        low = fetch_x(x, low_row, k)
-        high = fetch_x(x, high_row, k) if row_tiles == 2 else low
-        return words, scale, offset, low, high
+        return words, scale, offset
 
-    @cuda.jit(launch_bounds=(32 * warps, RESIDENT[warps]))
-    def matvec(x, codes, scales, zeros, groups, y):
+    def matvec(x, codes, scales, zeros, groups, y, extra):
         partial = cuda.shared.array(partial_size, np.float32)
-        total = cuda.local.array((row_tiles, 8), np.float32)
-        lane, warp, strip = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.blockIdx.x
+        lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+        tile, rank = cuda.blockIdx.x // split, cuda.blockIdx.x % split
         chunks = (x.shape[1] + CHUNK - 1) // CHUNK
-        codes_at, table = strip * chunks * bits * CHUNK + 4 * lane, strip * groups * STRIP + 4 * (lane >> 2)
-        low_row = min(lane >> 2, x.shape[0] - 1) * x.shape[1]  # rows that x has not got are computed and not stored
-        high_row = min(8 + (lane >> 2), x.shape[0] - 1) * x.shape[1]
-        for j in range(row_tiles):
-            for e in range(8):
-                total[j, e] = np.float32(0)
+        each = (chunks + split - 1) // split
+        strip, first = width * tile + warp % width, each * rank + warp // width  # this warp's strip and first chunk
+        last = min(each * (rank + 1), chunks)
+        codes_at, table = strip * chunks * chunk_words + 4 * lane, strip * groups * STRIP + 4 * (lane >> 2)
 
-        start = min(warp, chunks - 1)
-        words, scale, offset, low, high = fetch(x, codes, scales, zeros, codes_at, table, low_row, high_row, start)
-        for chunk in range(warp, chunks, warps):
-            after = min(chunk + warps, chunks - 1)
+        # weights, which no kernel writes, before the kernels in front of this one have ended; x after
+        words, scale, offset = fetch(codes, scales, zeros, codes_at, table, min(first, chunks - 1))
+        begin_dependents()
+        wait_for_dependencies()
+        total = no_sums
+        for chunk in range(first, last, step):
+            rows_of_x = fetch_x(x, chunk, lane)
             if ahead:
-                w, s, o, lo, hi = fetch(x, codes, scales, zeros, codes_at, table, low_row, high_row, after)
-                multiply_chunk(total, words, scale, offset, low, high)
-                words, scale, offset, low, high = w, s, o, lo, hi
+                w, s, o = fetch(codes, scales, zeros, codes_at, table, min(chunk + step, last - 1))
+                total = multiply_chunk(total, words, scale, offset, rows_of_x)
+                words, scale, offset = w, s, o
             else:
-                multiply_chunk(total, words, scale, offset, low, high)
-                if chunk + warps < chunks:
-                    words, scale, offset, low, high = fetch(
-                        x, codes, scales, zeros, codes_at, table, low_row, high_row, after
-                    )
+                total = multiply_chunk(total, words, scale, offset, rows_of_x)
+                if chunk + step < last:
+                    words, scale, offset = fetch(codes, scales, zeros, codes_at, table, chunk + step)
+        leave(partial, (warp * rows + 2 * (lane & 3)) * PITCH + 4 * (lane >> 2), total)
+        finish(partial, tile, rank, x.shape[0], y, extra)
 
-        for j in range(row_tiles):
-            for e in range(8):  # columns 4g .. 4g+3 of rows 2t and 2t+1
-                row = 8 * j + 2 * (lane & 3) + e % 2
-                partial[np.uint32((warp * rows + row) * PITCH + 4 * (lane >> 2) + e // 2)] = total[j, e]
-        cuda.syncthreads()
-        column = STRIP * strip + lane
-        for row in range(warp, x.shape[0], warps):
+    return Kernel(matvec, (32 * warps, plan.resident))
+
+
+def _finisher(rows, plan, epilogue):
+    """Device function: add up what the warps (of all the cluster's blocks) left, and hand it to the epilogue."""
+    warps, width, split, unit = plan.warps, plan.width, plan.split, np.float32(UNIT)
+
+    @device_function
+    def finish(partial, tile, rank, rows_of_x, y, extra):
+        lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+        if split > 1:
+            cluster_barrier()
+        else:
+            cuda.syncthreads()
+        for item in range(warps * rank + warp, width * rows_of_x, warps * split):
+            row, within = item // width, item % width
             result = np.float32(0)
-            for w in range(warps):
-                result += partial[np.uint32((w * rows + row) * PITCH + lane)]
-            if column < y.shape[1]:
-                y[row, column] = result
+            for block in range(split):
+                for w in range(warps // width):
+                    at = ((w * width + within) * rows + row) * PITCH + lane
+                    if split > 1:
+                        result += load_shared_of(partial, at, np.int32(block))
+                    else:
+                        result += partial[np.uint32(at)]
+            epilogue(row, width * tile + within, lane, result * unit, y, extra)
+        if split > 1:
+            cluster_barrier()  # a block's shared memory lives until all have read it
 
-    return matvec
+    return finish
 
 
-def _x_reader(ragged):
-    """Device function: a lane's x of one row and chunk, 8 neighbouring k of each unit; 0 beyond K."""
-    load_x = load_words(4)
+def _x_reader(ragged, row_tiles):
+    """Device function: a lane's x of one chunk, 8 neighbouring k of each unit, for each 8 rows; 0 beyond K.
+
+    Rows that x has not got are computed, from its last one, and not stored.
+    """
 
     @device_function
     def fetch(x, row, k):
         if ragged and k >= x.shape[1]:
             return NO_X
-        return load_x(x, row + k)
+        return load_written_words(x, row + k)
 
     @device_function
-    def fetch_x(x, row, k):
-        return fetch(x, row, k), fetch(x, row, k + 32), fetch(x, row, k + 64), fetch(x, row, k + 96)
+    def fetch_rows(x, first, lane, k):
+        row = min(first + (lane >> 2), x.shape[0] - 1) * x.shape[1]
+        return fetch(x, row, k) + fetch(x, row, k + 32) + fetch(x, row, k + 64) + fetch(x, row, k + 96)
+
+    @device_function
+    def fetch_x(x, chunk, lane):
+        k = CHUNK * chunk + 8 * (lane & 3)
+        if row_tiles == 1:
+            return fetch_rows(x, 0, lane, k)
+        return fetch_rows(x, 0, lane, k) + fetch_rows(x, 8, lane, k)
 
     return fetch_x
 
 
 def _chunk_product(bits, group_size, zero, row_tiles, wide_scales):
-    """Device function: add one chunk of W^T x^T to a warp's sums."""
-    decode_scales, (_, decode_zeros) = scale_floats(wide_scales), table_decoder(bits, zero, wide_scales)
-    unpack_0, unpack_1, unpack_2, unpack_3 = (levels(bits, unit) for unit in range(4))
-    one_group = group_size % CHUNK == 0
+    """Device function: add one chunk of W^T x^T to a warp's sums, group by group."""
+    scales, zeros = scale_floats(wide_scales), zero_floats(bits, zero)
+    units = 4 if group_size % CHUNK == 0 else 2 if group_size % (CHUNK // 2) == 0 else 1  # that surely share a group
+    first, second, third, fourth = (run_product(bits, i * units % 4, units, row_tiles) for i in range(4))
 
     @device_function
-    def multiply(v, x, p, q):
-        """One unit: p holds columns 4g and 4g+1 of eight rows, q columns 4g+2 and 4g+3."""
-        p = mma((v[0], v[4], v[1], v[5]), (x[0], x[1]), p)
-        q = mma((v[8], v[12], v[9], v[13]), (x[0], x[1]), q)
-        p = mma((v[2], v[6], v[3], v[7]), (x[2], x[3]), p)
-        q = mma((v[10], v[14], v[11], v[15]), (x[2], x[3]), q)
-        return p, q
-
-    @device_function
-    def add_scaled(total, j, s, p, q):
-        total[j, 0] += s[0] * p[0]
-        total[j, 1] += s[0] * p[1]
-        total[j, 2] += s[1] * p[2]
-        total[j, 3] += s[1] * p[3]
-        total[j, 4] += s[2] * q[0]
-        total[j, 5] += s[2] * q[1]
-        total[j, 6] += s[3] * q[2]
-        total[j, 7] += s[3] * q[3]
-
-    @device_function
-    def rows_of_one_group(total, j, s, v0, v1, v2, v3, x):
-        p, q = multiply(v0, x[0], NO_SUM, NO_SUM)
-        p, q = multiply(v1, x[1], p, q)
-        p, q = multiply(v2, x[2], p, q)
-        p, q = multiply(v3, x[3], p, q)
-        add_scaled(total, j, s, p, q)
-
-    @device_function
-    def rows_of_one_unit(total, v, scale, low, high):
-        s = decode_scales(scale)
-        p, q = multiply(v, low, NO_SUM, NO_SUM)
-        add_scaled(total, 0, s, p, q)
-        if row_tiles == 2:
-            p, q = multiply(v, high, NO_SUM, NO_SUM)
-            add_scaled(total, 1, s, p, q)
-
-    @device_function
-    def multiply_chunk(total, words, scale, offset, low, high):
-        lower, upper = decode_zeros(offset[0])
-        v0 = unpack_0(words, lower, upper)
-        lower, upper = decode_zeros(offset[1])
-        v1 = unpack_1(words, lower, upper)
-        lower, upper = decode_zeros(offset[2])
-        v2 = unpack_2(words, lower, upper)
-        lower, upper = decode_zeros(offset[3])
-        v3 = unpack_3(words, lower, upper)
-        if one_group:
-            s = decode_scales(scale[0])
-            rows_of_one_group(total, 0, s, v0, v1, v2, v3, low)
-            if row_tiles == 2:
-                rows_of_one_group(total, 1, s, v0, v1, v2, v3, high)
-        else:
-            rows_of_one_unit(total, v0, scale[0], low[0], high[0])
-            rows_of_one_unit(total, v1, scale[1], low[1], high[1])
-            rows_of_one_unit(total, v2, scale[2], low[2], high[2])
-            rows_of_one_unit(total, v3, scale[3], low[3], high[3])
+    def multiply_chunk(total, words, scale, offset, x):
+        total = first(total, words, scales(scale[0]), zeros(offset[0]), x)
+        if units == 2:
+            total = second(total, words, scales(scale[2]), zeros(offset[2]), x)
+        if units == 1:
+            total = second(total, words, scales(scale[1]), zeros(offset[1]), x)
+            total = third(total, words, scales(scale[2]), zeros(offset[2]), x)
+            total = fourth(total, words, scales(scale[3]), zeros(offset[3]), x)
+        return total
 
     return multiply_chunk

@@ -10,11 +10,20 @@ import math
 import numpy as np
 
 from tinygptq.kernels.cuda.layout import COLUMNS, PAIRS, ROWS
-from tinygptq.kernels.cuda.runtime import cuda
+from tinygptq.kernels.cuda.runtime import SIMULATOR, cuda
 
 PARTS = 8  # threads that share one column's K rows
 ROWS_OF_X = 8  # that a thread serves with one pass over the weights; equal to PARTS
 RUN = 32  # neighbouring k that a thread takes at a time
+
+
+def kernel(function):
+    """A kernel for the device, or for the simulator, which runs it as ``kernel[grid, block](...)``."""
+    if SIMULATOR:
+        return cuda.jit(function)
+    from tinygptq.kernels.cuda.launch import Kernel
+
+    return Kernel(function)
 
 
 @functools.cache
@@ -30,7 +39,6 @@ def plain_kernel(bits: int, group_size: int, zero: int | None):
     """
     same_scale = math.gcd(group_size, RUN)  # neighbouring k that surely share a group
 
-    @cuda.jit
     def plain_matmul(x, codes, scales, zeros, y):
         partial = cuda.shared.array((PARTS, ROWS_OF_X, COLUMNS), np.float32)
         total = cuda.local.array(ROWS_OF_X, np.float32)
@@ -60,27 +68,29 @@ def plain_kernel(bits: int, group_size: int, zero: int | None):
                 result += partial[p, part, lane]
             y[first_row + part, column] = result
 
-    return plain_matmul
+    return kernel(plain_matmul)
 
 
 @cuda.jit(device=True, inline="always")
 def code_at(codes, bits, strip, column, k):
     """The code of row k and a strip's column, from where :mod:`.layout` put it."""
-    chunk, unit, t, half = k // ROWS, k % ROWS // 32, k % 32 // 8, k % 2
-    place = 4 * unit + k % 4 // 2 * 2 + k % 8 // 4  # a unit's four pairs stand in the order 0, 2, 1, 3
-    lane = column // 4 * 4 + t
-    if bits == 3 and place == PAIRS - 1:  # bit b is the top bit of word b's half
-        top = np.uint32(16 * half + 15)
-        low = codes[strip, chunk, 0, lane, column % 4] >> top & np.uint32(1)
-        middle = codes[strip, chunk, 1 % bits, lane, column % 4] >> top & np.uint32(1)
-        high = codes[strip, chunk, 2 % bits, lane, column % 4] >> top & np.uint32(1)
-        return low | middle << np.uint32(1) | high << np.uint32(2)
-    in_word = PAIRS // bits  # pairs
-    shift = np.uint32(16 * half + bits * (place % in_word))
-    return codes[strip, chunk, place // in_word, lane, column % 4] >> shift & np.uint32((1 << bits) - 1)
+    chunk, unit, t, pair, half = k // ROWS, k % ROWS // 32, k % 32 // 8, k % 8 // 2, k % 2
+    lane, in_word = column // 4 * 4 + t, PAIRS // bits
+    place = 4 * unit + pair % 2 * 2 + pair // 2  # a unit's four pairs stand in the order 0, 2, 1, 3
+    word, place = place // in_word, place % in_word
+    if bits == 3:  # word u holds unit u < 3, and one pair of unit 3
+        word, place = (unit, pair % 2 * 2 + pair // 2) if unit < 3 else (pair, 4)
+        if word == 3:  # unit 3's pair 3: bit b is the top bit of word b's half
+            top = np.uint32(16 * half + 15)
+            low = codes[strip, chunk, 0, lane, column % 4] >> top & np.uint32(1)
+            middle = codes[strip, chunk, 1 % bits, lane, column % 4] >> top & np.uint32(1)
+            high = codes[strip, chunk, 2 % bits, lane, column % 4] >> top & np.uint32(1)
+            return low | middle << np.uint32(1) | high << np.uint32(2)
+    shift = np.uint32(16 * half + bits * place)
+    return codes[strip, chunk, word, lane, column % 4] >> shift & np.uint32((1 << bits) - 1)
 
 
-@cuda.jit
+@kernel
 def gather_columns(x, perm, out):
     """``out = x[:, perm]`` for act-order: rows of W are sorted by group, so x has to follow. Grid-stride over elements."""
     columns = x.shape[1]
@@ -89,7 +99,7 @@ def gather_columns(x, perm, out):
         out[row, column] = x[row, perm[column]]
 
 
-@cuda.jit
+@kernel
 def add_bias(y, bias):
     """``y += bias``: y [M, N], bias float32 [at least N]. Grid-stride over elements."""
     columns = y.shape[1]

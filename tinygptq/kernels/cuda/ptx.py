@@ -90,10 +90,21 @@ def load_words(count: int):
     return load
 
 
+@intrinsic
+def load_written_words(typingctx, array, index):
+    """16 bytes of global memory that an earlier kernel wrote: four uint32. ld.global.v4, kept in its place; from sm_50."""
+
+    def generate(context, builder, signature, args):
+        address = _address(context, builder, signature.args[0], *args, GLOBAL)
+        return _assembly(builder, [I32] * 4, "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [address], True)
+
+    return U32X4(array, types.int64), generate
+
+
 @functools.cache
 def load_stream_pieces(count: int):
     """The function ``(array, index)`` -> ``4 * count`` uint32: ``count`` times 16 bytes that are read once, 512 bytes apart:
-    ld.global.nc, past L1; from sm_70.
+    ld.global.nc, past L1, in this order and place; from sm_70.
 
     With ``index`` 16 bytes further for each lane, the warp reads ``512 * count`` bytes in one piece.
     """
@@ -105,7 +116,7 @@ def load_stream_pieces(count: int):
             words = []
             for i in range(count):
                 text = f"ld.global.nc.L1::no_allocate.v4.u32 {{$0, $1, $2, $3}}, [$4 + {512 * i}];"
-                words += _unpack(builder, _assembly(builder, [I32] * 4, text, "=r,=r,=r,=r,l", [address]))
+                words += _unpack(builder, _assembly(builder, [I32] * 4, text, "=r,=r,=r,=r,l", [address], True))
             return _pack(builder, words)
 
         return types.UniTuple(types.uint32, 4 * count)(array, types.int64), generate
@@ -223,14 +234,19 @@ def mma(typingctx, a, b, c):
     """
 
     def generate(context, builder, signature, args):
-        operands = [value for values in args for value in _unpack(builder, values)]
-        text = (
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
-            "{$10, $11, $12, $13};"
-        )
-        return _assembly(builder, [F32] * 4, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", operands)
+        return _pack(builder, mma_assembly(builder, *(_unpack(builder, values) for values in args)))
 
     return F32X4(U32X4, U32X2, F32X4), generate
+
+
+def mma_assembly(builder, a, b, c):
+    """:func:`mma` for code that is written with LLVM's builder: from and to lists of registers."""
+    text = (
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+        "{$10, $11, $12, $13};"
+    )
+    operands = [*a, *b, *c]
+    return _unpack(builder, _assembly(builder, [F32] * 4, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", operands))
 
 
 # Copies from global to shared memory that pass by no register
@@ -315,40 +331,29 @@ def bits_from_float(typingctx, number):
     return types.uint32(types.float32), generate
 
 
-# Kernels that start before the one in front of them has ended (programmatic dependent launch)
+# Blocks of one cluster
 
 
 @intrinsic
-def wait_for_dependencies(typingctx):
-    """Wait until the kernels before this one have ended and all that they wrote can be seen: griddepcontrol.wait; from sm_90.
-
-    Without programmatic dependent launch it does nothing. Reads of what an earlier kernel wrote must come after it and must
-    not be ``ld.global.nc``, which a compiler may move.
-    """
+def cluster_barrier(typingctx):
+    """Wait for all threads of the cluster; what they wrote to shared memory before can be read after: barrier.cluster; from
+    sm_90."""
 
     def generate(context, builder, signature, args):
-        return _assembly(builder, ir.VoidType(), "griddepcontrol.wait;", "", [], True)
+        text = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+        return _assembly(builder, ir.VoidType(), text, "", [], True)
 
     return types.void(), generate
 
 
 @intrinsic
-def launch_dependents(typingctx):
-    """Let the next kernel start once every block of this one has come here or ended: griddepcontrol.launch_dependents; from
-    sm_90. What the next kernel may touch before its :func:`wait_for_dependencies` is what no kernel writes."""
+def load_shared_of(typingctx, shared, index, block):
+    """A float32 of another block's shared memory, where ``shared[index]`` lies in this one's: mapa and ld.shared::cluster;
+    from sm_90. ``block`` is its number in the cluster."""
 
     def generate(context, builder, signature, args):
-        return _assembly(builder, ir.VoidType(), "griddepcontrol.launch_dependents;", "", [], True)
+        address = _address(context, builder, signature.args[0], *args[:2], SHARED)
+        text = "{.reg .b32 there; mapa.shared::cluster.u32 there, $1, $2; ld.shared::cluster.f32 $0, [there];}"
+        return _assembly(builder, F32, text, "=f,r,r", [address, args[2]], True)
 
-    return types.void(), generate
-
-
-@intrinsic
-def load_written_words(typingctx, array, index):
-    """16 bytes of global memory that an earlier kernel wrote: four uint32. ld.global.v4, kept in its place; from sm_50."""
-
-    def generate(context, builder, signature, args):
-        address = _address(context, builder, signature.args[0], *args, GLOBAL)
-        return _assembly(builder, [I32] * 4, "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [address], True)
-
-    return U32X4(array, types.int64), generate
+    return types.float32(shared, types.int64, types.int32), generate

@@ -93,3 +93,25 @@ def scale_floats(wide_scales):
         return low[0], low[1], high[0], high[1]
 
     return decode
+
+
+def zero_floats(bits, zero):
+    """Device function that makes four float32 of zero points as they are in memory.
+
+    The bytes of 2^23 + z are 4B, 0, 0 and z (or 4B, 0 and two of z).
+    """
+    constant, base, exponent = (np.float32(zero or 0),) * 4, np.float32(2**23), np.uint32(0x4B000000)
+
+    @device_function
+    def number(word, selector):
+        return float_from_bits(pick_bytes(word, exponent, selector)) - base
+
+    @device_function
+    def decode(z):
+        if zero is not None:
+            return constant
+        if bits == 8:
+            return number(z[0], 0x7410), number(z[0], 0x7432), number(z[1], 0x7410), number(z[1], 0x7432)
+        return number(z[0], 0x7440), number(z[0], 0x7441), number(z[0], 0x7442), number(z[0], 0x7443)
+
+    return decode

@@ -9,12 +9,11 @@ one fma by 2^-bits makes ``code - zero`` of it as well, so that only every secon
 import numpy as np
 from llvmlite import ir
 
+from tinygptq.kernels.cuda.layout import HALF_ONES, place_of
 from tinygptq.kernels.cuda.ptx import I32, U32X4, intrinsic, types
 
 U32X16 = types.UniTuple(types.uint32, 16)
 MAGIC = 0x64006400  # 1024 in both halves
-HALF_ONES = 0x00010001
-PLACE = (0, 2, 1, 3)  # of a unit's pairs
 
 
 def half2(value: float) -> int:
@@ -39,16 +38,16 @@ def levels(bits: int, unit: int):
         words: the ``4 * bits`` words of a lane's chunk; word w of column c is words[4w + c].
         lower, upper: four half2 each, one for each column, as :func:`constant_offsets` makes them.
     """
-    per_word = 16 // bits
 
     def pair(builder, words, column, index, lower, upper):
-        mask, place = ((1 << bits) - 1) * HALF_ONES, index % per_word
-        if index == 15 and bits == 3:
+        place = place_of(bits, unit, index)
+        if place is None:
             return subtract(builder, spread_pair(builder, words, column), lower)
-        word = builder.extract_value(words, 4 * (index // per_word) + column)
-        in_upper = bits < 8 and place % 2 == 1
-        if shift := bits * (place - in_upper):
+        word, shift = builder.extract_value(words, 4 * place[0] + column), place[1]
+        in_upper = bits < 8 and shift // bits % 2 == 1
+        if shift := shift - bits * in_upper:
             word = builder.lshr(word, I32(shift))
+        mask = ((1 << bits) - 1) * HALF_ONES
         text = "lop3.b32 $0, $1, $2, $3, 0xEA;"
         number = _call(builder, text, word, I32(mask << bits if in_upper else mask), I32(MAGIC))
         if in_upper:
@@ -72,7 +71,7 @@ def levels(bits: int, unit: int):
         for column in range(4):
             offsets = builder.extract_value(lower, column), builder.extract_value(upper, column)
             for i in range(4):
-                number = pair(builder, words, column, 4 * unit + PLACE[i], *offsets)
+                number = pair(builder, words, column, i, *offsets)
                 result = builder.insert_value(result, number, 4 * column + i)
         return result
 

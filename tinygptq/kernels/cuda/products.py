@@ -1,0 +1,147 @@
+"""Codes times x on tensor cores, the codes as they are: what the matvec adds up for each group.
+
+A code's bits are, read as an fp16 number, the subnormal ``code * 2^-24``; a code that stands ``offset`` bits higher is
+``code * 2^offset * 2^-24``, as long as it stays within the 10 bits of the mantissa. So one ``and`` makes a half2 of two
+codes, with no exponent to put in and nothing to subtract. Tensor cores multiply subnormals exactly, and what the half2 lacks
+is made up for in float32::
+
+    sum of scale * (code - zero) * x  =  2^24 * scale * (sums[0] + sums[offset] * 2^-offset + ... - zero * ones)
+
+where ``ones`` is the sum of ``2^-24 * x``, from an mma whose A is 2^-24 everywhere. Powers of two are exact; the caller
+multiplies by 2^24 once, at the very end. Codes and zero points are whole numbers up to 256 and x is fp16, so every product
+is exact, and only the sums are rounded, to float32.
+"""
+
+import functools
+import itertools
+
+from llvmlite import ir
+
+from tinygptq.kernels.cuda.layout import HALF_ONES, place_of
+from tinygptq.kernels.cuda.ptx import (
+    F32,
+    F32X4,
+    I32,
+    SHARED,
+    _address,
+    _assembly,
+    _pack,
+    _unpack,
+    intrinsic,
+    mma_assembly,
+    types,
+)
+
+UNIT = 2.0**24  # what sums have to be multiplied by at the end
+NO_SUM = (ir.Constant(F32, 0.0),) * 4
+
+
+def offset_of(bits: int, unit: int, step: int) -> int:
+    """How many bits above the lowest the codes of a unit's pairs ``2 * step`` and ``2 * step + 1`` are used.
+
+    Both pairs go into one mma and must agree; the fewest shifts bring them there. At most 10 - bits.
+    """
+    if bits == 3 and unit == 3:
+        return 6
+    return bits * step if bits < 8 else 0
+
+
+@functools.cache
+def run_product(bits: int, first: int, units: int, row_tiles: int):
+    """The device function ``(total, words, scale, zero, x)`` -> ``total``, a run of units being those of one group.
+
+    Args of the device function:
+        total: 8 float32 for each 8 rows of x: C's registers of a strip's two column tiles, in units of 2^-24.
+        words: a lane's ``4 * bits`` words of a chunk; word w of column c is words[4w + c].
+        scale, zero: of a lane's four columns, float32.
+        x: for each 8 rows of x, B's registers of the chunk: 4 for each of four units.
+    """
+
+    def generate(context, builder, signature, args):
+        operands = (_unpack(builder, values) for values in args)
+        return _pack(builder, emit_run(builder, bits, range(first, first + units), row_tiles, *operands))
+
+    @intrinsic
+    def product(typingctx, total, words, scale, zero, x):
+        sums = types.UniTuple(types.float32, 8 * row_tiles)
+        codes, rows = (types.UniTuple(types.uint32, n) for n in (4 * bits, 16 * row_tiles))
+        return sums(sums, codes, F32X4, F32X4, rows), generate
+
+    return product
+
+
+@functools.cache
+def leave_sums(row_tiles: int, pitch: int):
+    """The device function ``(shared, index, total)`` that writes a lane's sums to shared memory, four columns at a time.
+
+    ``shared`` is float32 [rows of x, pitch] from ``index`` on, which is row 2t, column 4g for lane 4g + t. With ``pitch`` 4
+    more than a multiple of 32, the lanes' 16 bytes fall on different banks.
+    """
+
+    def generate(context, builder, signature, args):
+        shared, index, total = args
+        address, total = _address(context, builder, signature.args[0], shared, index, SHARED), _unpack(builder, total)
+        for tile, row in itertools.product(range(row_tiles), range(2)):
+            text = f"st.shared.v4.f32 [$0 + {4 * (8 * tile + row) * pitch}], {{$1, $2, $3, $4}};"
+            columns = total[8 * tile + row : 8 * (tile + 1) : 2]
+            _assembly(builder, ir.VoidType(), text, "r,f,f,f,f", [address, *columns], True)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def leave(typingctx, shared, index, total):
+        return types.void(shared, types.int64, types.UniTuple(types.float32, 8 * row_tiles)), generate
+
+    return leave
+
+
+def emit_run(builder, bits, units, row_tiles, total, words, scale, zero, x):
+    """The instructions of :func:`run_product`: lists of registers in, the new ``total`` out."""
+    sums, ones = {}, {}  # C's registers, by (row tile, column tile, offset) and by (row tile, step)
+    for unit, step in itertools.product(units, range(2)):
+        codes = [[_codes(builder, words, c, bits, unit, 2 * step + i) for i in range(2)] for c in range(4)]
+        for tile in range(row_tiles):
+            b = x[16 * tile + 4 * unit + 2 * step :][:2]
+            for half in range(2):
+                (a0, a2), (a1, a3) = codes[2 * half : 2 * half + 2]
+                key = tile, half, offset_of(bits, unit, step)
+                sums[key] = mma_assembly(builder, (a0, a1, a2, a3), b, sums.get(key, NO_SUM))
+            ones[tile, step] = mma_assembly(builder, (I32(HALF_ONES),) * 4, b, ones.get((tile, step), NO_SUM))
+    total = list(total)
+    for tile, half, i in itertools.product(range(row_tiles), range(2), range(4)):
+        column, place = 2 * half + i // 2, 8 * tile + 4 * half + i
+        value = _merge(builder, {o: c[i] for (t, h, o), c in sums.items() if (t, h) == (tile, half)})
+        of_x = builder.fadd(ones[tile, 0][i % 2], ones[tile, 1][i % 2])  # of row 2t or 2t + 1
+        value = builder.fma(builder.fsub(F32(-0.0), zero[column]), of_x, value)  # NVVM's LLVM has no fneg
+        total[place] = builder.fma(scale[column], value, total[place])
+    return total
+
+
+def _codes(builder, words, column, bits, unit, pair):
+    """The half2 of a pair's codes, ``offset_of`` bits above the lowest."""
+    offset, place = offset_of(bits, unit, pair // 2), place_of(bits, unit, pair)
+    if place is None:
+        return _spread_codes(builder, words, column, offset)
+    word, shift = words[4 * place[0] + column], place[1] - offset
+    if shift:
+        word = builder.lshr(word, I32(shift))
+    return builder.and_(word, I32(((1 << bits) - 1 << offset) * HALF_ONES))
+
+
+def _spread_codes(builder, words, column, offset):
+    """3 bits, unit 3, pair 3: bit b of its codes is bit 15 of the halves of word b."""
+    number = I32(0)
+    for bit in range(3):
+        word = builder.lshr(words[4 * bit + column], I32(15 - offset - bit))
+        number = builder.or_(number, builder.and_(word, I32(HALF_ONES << offset + bit)))
+    return number
+
+
+def _merge(builder, by_offset):
+    """Sums that were taken at several offsets, as one."""
+    lowest, *others = sorted(by_offset)
+    value = by_offset[lowest]
+    if lowest:
+        value = builder.fmul(value, F32(2.0**-lowest))
+    for offset in others:
+        value = builder.fma(by_offset[offset], F32(2.0**-offset), value)
+    return value
