@@ -18,7 +18,7 @@ import numpy as np
 from tinygptq.config import LlamaConfig
 from tinygptq.cuda.memory import allocate, decode_plan
 from tinygptq.cuda.weights import DeviceDense, DeviceWeights, Product, input_order
-from tinygptq.kernels.cuda import decode_attention, dense, dispatch, epilogues, matvec, rows
+from tinygptq.kernels.cuda import decode_attention, dense, dispatch, epilogues, rows
 from tinygptq.kernels.cuda.draw import draw
 from tinygptq.kernels.cuda.layout import cache_width
 from tinygptq.kernels.cuda.runtime import capability, cupy, multiprocessors
@@ -139,14 +139,7 @@ def multiply(product: Product, x: Any, epilogue: Any, y: Any, extra: tuple, stre
         grid = -(-product.out_features // dense.STRIP)
         kernel(grid, 32 * dense.WARPS, stream, x, product.weight, y, extra, dependent=dependent)
     else:
-        tiles = 1 if x.shape[0] <= 8 else 2
-        warps = 16 if tiles == 1 else 8
-        special = {"ragged": x.shape[1] % 128 != 0, "wide_scales": product.scales.dtype.itemsize == 4}
-        kernel = matvec.matvec_kernel(product.bits, product.group_size, product.zero, tiles, warps, epilogue=epilogue,
-                                      **special)  # fmt: skip
-        strips = product.codes.shape[0]
-        words = dispatch._words(product)
-        kernel(strips, 32 * warps, stream, x, *words, product.scales.shape[1], y, extra, dependent=dependent)
+        dispatch.multiply_rows(x, product, y, stream, epilogue=epilogue, extra=extra, dependent=dependent)
 
 
 def splits_of(tiles: int, multiprocessors: int) -> int:
