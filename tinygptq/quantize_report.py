@@ -69,15 +69,21 @@ def rounding_loss(W: np.ndarray, H: np.ndarray, factor: Factor, config: Quantize
     Args: W: float32 [out, in]. H: undamped, float32 [in, in]. factor: what `gptq.prepare` made of it. NumPy or CuPy arrays.
     """
     xp, size, losses = array_module(W), config.rows_per_group(W.shape[1]), {}
-    scales, zeros = place.static_grids(W, config)  # (out, G)
+    grids = place.static_grids(W, config)  # scales and zeros, each (out, G)
+    if W.shape[1] % size:
+        grids, size = tuple(xp.repeat(grid, size, axis=1)[:, : W.shape[1]] for grid in grids), 1
     damping = xp.where(factor.dead, 0, factor.importance - H.diagonal()).astype(W.dtype)  # (in,)
+    some_dead = bool(factor.dead.any())
 
     def part(rows: slice) -> None:
-        w = W[rows]
-        scale, zero = (xp.repeat(grid[rows], size, axis=1)[:, : w.shape[1]] for grid in (scales, zeros))
-        error = w - dequantize(quantize(w, scale, zero, config.max_code), scale, zero)
-        error[:, factor.dead] = 0
-        losses[rows.start] = (error * (place.matmul(error, H) + error * damping)).sum(dtype=np.float64)
+        w = W[rows].reshape(-1, W.shape[1] // size, size)
+        scale, zero = (grid[rows][..., None] for grid in grids)
+        error = (w - dequantize(quantize(w, scale, zero, config.max_code), scale, zero)).reshape(-1, W.shape[1])
+        if some_dead:
+            error[:, factor.dead] = 0
+        changed = place.matmul(error, H) * error
+        changed += error * error * damping
+        losses[rows.start] = changed.sum(dtype=np.float64)
 
     place.share(len(W), W.size * W.shape[1], part)
     return float(sum(losses[start] for start in sorted(losses))) / 2
