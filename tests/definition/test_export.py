@@ -26,6 +26,7 @@ from tinygptq.export import (
     gptq_tensors,
     new_folder,
     require_packable,
+    solution_of,
     tensor_layout,
 )
 from tinygptq.gptq import Solution
@@ -95,6 +96,11 @@ def check_raw(raw: dict[str, np.ndarray], name: str, solution: Solution, config:
     assert np.array_equal(zeros, solution.zeros)
     assert scales.T.tobytes() == np.asarray(solution.scales).tobytes()
     assert np.array_equal(g_idx, solution.g_idx)
+    again = solution_of({part: raw[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}, config)
+    for part in ("codes", "scales", "zeros", "g_idx"):
+        there, here = getattr(again, part), getattr(solution, part)
+        assert there.dtype == here.dtype
+        assert np.array_equal(there, here), part
 
 
 def check_clean(layer, solution: Solution, config: QuantizeConfig) -> None:
