@@ -59,8 +59,10 @@ class Checkpoint:
     facts: FileFacts = field(default_factory=FileFacts)
 
 
-def load_checkpoint(folder: str | Path) -> Checkpoint:
+def load_checkpoint(folder: str | Path, sort_rows: bool = True) -> Checkpoint:
     """Read a Hugging Face or GPTQ folder of a LLaMA; what contradicts its label is logged as a warning.
+
+    Args: sort_rows: False leaves the rows of act-order linears for the reader to sort; see :class:`~tinygptq.packing.PackedLinear`.
 
     Raises:
         TinyGPTQError: not a LLaMA, a missing tensor, one of another shape or dtype than the configuration asks for, or
@@ -71,26 +73,26 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         raise TinyGPTQError(f"{folder}: no such folder")
     config = LlamaConfig.from_folder(folder)
     stated = find_quantization(folder)
-    tensors = Tensors(folder, stated and stated.file_base_name)
+    tensors = Tensors(folder, stated.file_base_name if stated else None)
     quantization = quantization_of(tensors, config, stated)
     dense = {name: tensors.take(f"{name}.weight", shape) for name, shape in dense_tensors(config, tensors)}
     read, facts = {}, {}
     for name, shape in quantizable(config, tensors):
-        read[name], found = read_linear(tensors, name, *shape, quantization, config.has_bias(name))
+        read[name], found = read_linear(tensors, name, *shape, quantization, config.has_bias(name), sort_rows)
         if found is not None:
             facts[name] = found
     if config.tie_word_embeddings:
         tensors.ignore(f"{HEAD}.weight")
     tensors.refuse_unknown()
-    found = FileFacts(quantization, facts)
-    for line in found.warnings():
+    file_facts = FileFacts(quantization, facts)
+    for line in file_facts.warnings():
         log.warning("%s: %s", folder, line)
     head = dense.pop(HEAD, None)
     embedding = dense.pop(EMBEDDING)
     if HEAD in read:  # GPTQModel's lm_head: true; the head is kept dense, with the values the codes stand for
         head = np.ascontiguousarray(read.pop(HEAD).dequantize().T)  # (vocab, C)
     weights = Weights(embedding, embedding if head is None else head, dense, read)
-    return Checkpoint(folder, config, quantization and quantization.config, weights, found)
+    return Checkpoint(folder, config, quantization.config if quantization else None, weights, file_facts)
 
 
 def quantization_of(tensors: Tensors, config: LlamaConfig, stated: Quantization | None) -> Quantization | None:
@@ -131,7 +133,13 @@ def linear_names(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 def read_linear(
-    tensors: Tensors, name: str, inputs: int, outputs: int, quantization: Quantization | None, biased: bool
+    tensors: Tensors,
+    name: str,
+    inputs: int,
+    outputs: int,
+    quantization: Quantization | None,
+    biased: bool,
+    sort_rows: bool = True,
 ) -> tuple[Linear, LinearFacts | None]:
     """One linear, dense or packed as its tensors are, and what was found out about a packed one.
 
@@ -151,6 +159,6 @@ def read_linear(
         raise TinyGPTQError(f"{tensors.folder}: {name}.qweight is quantised, but there is no quantize_config.json")
     parts = take_parts(tensors, name, inputs, outputs, quantization.config)
     try:
-        return read_gptq(parts, quantization.config, bias, quantization.tool)
+        return read_gptq(parts, quantization.config, bias, quantization.tool, sort_rows)
     except TinyGPTQError as error:
         raise TinyGPTQError(f"{tensors.folder}: {name}: {error}") from None

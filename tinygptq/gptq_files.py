@@ -89,7 +89,11 @@ def from_gptq(parts: Mapping[str, np.ndarray], config: QuantizeConfig, bias: np.
 
 
 def read_gptq(
-    parts: Mapping[str, np.ndarray], config: QuantizeConfig, bias: np.ndarray | None = None, tool: str = ""
+    parts: Mapping[str, np.ndarray],
+    config: QuantizeConfig,
+    bias: np.ndarray | None = None,
+    tool: str = "",
+    sort_rows: bool = True,
 ) -> tuple[PackedLinear, LinearFacts]:
     """The tensors of one quantised linear, as files hold them, to the clean form and what was decided on the way.
 
@@ -98,6 +102,7 @@ def read_gptq(
 
     Args:
         tool: who wrote the file, if known; it decides how a zero point of 0 was stored.
+        sort_rows: False leaves an act-order linear's words as they are, for a device that sorts them faster.
     Raises:
         TinyGPTQError: g_idx out of range or missing where act-order needs it; scales that are not finite.
     """
@@ -115,12 +120,14 @@ def read_gptq(
     values = zeros.values
     if rows.source is not None:
         scales, values = scales[rows.source], values[rows.source]
-    if rows.perm is not None:
+    in_order = sort_rows or rows.perm is None
+    if rows.perm is not None and sort_rows:
         qweight = pack(unpack(qweight, bits, inputs)[rows.perm], bits)
     symmetric = bool((zeros.values == 2 ** (bits - 1)).all())
     warnings = zeros.warnings + rows.warnings
     facts = LinearFacts(layout, zeros.stored, zeros.evidence, symmetric, rows.order, parts["scales"].dtype.name, warnings)
-    return PackedLinear(qweight, scales, np.ascontiguousarray(values), bits, rows.size, rows.perm, bias), facts
+    values = np.ascontiguousarray(values)
+    return PackedLinear(qweight, scales, values, bits, rows.size, rows.perm, bias, in_order), facts
 
 
 def _finite_scales(scales: np.ndarray, bits: int) -> np.ndarray:
@@ -148,7 +155,8 @@ def zero_points(stored: np.ndarray, qzeros: np.ndarray, config: QuantizeConfig, 
     """
     label, half = config.checkpoint_format, 2 ** (config.bits - 1)
     low, high = int(stored.min()), int(stored.max())
-    form, warnings = label, ()
+    form = label
+    warnings: tuple[tuple[str, str], ...] = ()
     if not config.sym:
         evidence = f"the label says {label}; asymmetric zero points from {low} to {high} cannot tell"
     elif low == high and low in (half - 1, half):

@@ -202,4 +202,5 @@ def load(
         from tinygptq.kernels.cuda.runtime import require_gpu  # before a folder of gigabytes is read
 
         require_gpu()
-    return LanguageModel(load_checkpoint(resolve(source, revision)), context, device, rows, cache_bits)
+    checkpoint = load_checkpoint(resolve(source, revision), sort_rows=device == "cpu")  # a GPU sorts them on its own
+    return LanguageModel(checkpoint, context, device, rows, cache_bits)

@@ -86,6 +86,7 @@ class PackedLinear:
         scales:  float16 or float32 [G, N].
         zeros:   uint16 [G, N], true zero points, 0 .. 2^bits.
         perm:    int32 [K] or None: sorted row ``i`` multiplies input ``perm[i]``; None is the identity.
+        sorted:  False where qweight's rows are still in the model's order; whoever reads them sorts them by perm first.
         bias:    float32 [N] or None.
     """
 
@@ -96,6 +97,7 @@ class PackedLinear:
     group_size: int  # rows per group; the last group may be shorter
     perm: np.ndarray | None = None
     bias: np.ndarray | None = None
+    sorted: bool = True
 
     @property
     def in_features(self) -> int:
@@ -112,7 +114,8 @@ class PackedLinear:
 
     def dequantize(self) -> np.ndarray:
         """float32 [K, N] with rows in the original input order: the definition every kernel is tested against."""
-        codes = unpack(self.qweight, self.bits, self.in_features)  # (K, N), sorted rows
+        codes = unpack(self.qweight, self.bits, self.in_features)  # (K, N)
+        codes = codes if self.sorted else codes[self.perm]  # sorted rows
         group = np.arange(self.in_features) // self.group_size
         levels = codes.astype(np.float32) - self.zeros[group].astype(np.float32)
         rows = self.scales[group].astype(np.float32) * levels

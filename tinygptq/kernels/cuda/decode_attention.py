@@ -67,10 +67,11 @@ def decode_attention_kernel(heads: int, groups: int, dim: int, cache_bits: int) 
         heads, groups, dim: query heads, key-value heads, and dimensions of a head, a multiple of 4 up to 256.
         cache_bits: 16 or 8.
 
-    Shapes (W = ``layout.cache_width(dim)``): qkv float32 [R, (heads + 2 groups) * dim]; cos, sin float32 [capacity, dim /
-    2]; positions int32 [R], of the newest token; cache: keys, values float16 or int8 [R, groups, capacity, W], and their scales
-    float16 [R * groups * capacity] (unused with 16 bits); order int32 [heads * dim], where each element of out goes; sums
-    float32 [R * tiles, splits, each, W + 4] and arrived int32 [R * tiles], 0 between calls; out float16 [R, heads * dim].
+    Shapes (W: ``layout.cache_width(dim)``): qkv float32 [R, (heads + 2 groups) * dim]; cos, sin float32 [capacity, dim / 2];
+    positions int32 [R], of the newest token; cache: keys, values float16 or int8 [R, groups, capacity, W], and their
+    scales float16 [R * groups * capacity] (unused with 16 bits); order int32 [heads * dim], where each element of out goes;
+    sums float32 [R * tiles, splits, each, W + 4] and arrived int32 [R * tiles], 0 between calls; out float16 [R, heads *
+    dim].
     Grid (tiles, splits, R), block 128.
     """
     tiling, width = Heads.of(heads, groups), cache_width(dim)
