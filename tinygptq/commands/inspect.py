@@ -27,6 +27,7 @@ def register(command: Callable) -> None:
     add("--all-branches", action="store_true", help="the six published permutations, as in the model card")
     add("--bits", type=int, choices=SUPPORTED_BITS, help="as if quantised with so many bits")
     add("--group-size", type=int, metavar="N", help="rows that share a scale, -1 for all")
+    add("--context", type=int, default=2048, metavar="N", help="tokens a GPU makes room for (default: %(default)s)")
     add_json(size)
 
 
@@ -42,6 +43,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _size(args: argparse.Namespace) -> None:
+    from tinygptq.cuda.memory import predict
     from tinygptq.sizes import sizes
 
     if args.all_branches and (args.bits is not None or args.group_size is not None):
@@ -53,13 +55,17 @@ def _size(args: argparse.Namespace) -> None:
         return
     quantization = _quantization(path, args.bits, args.group_size)
     found = sizes(config, quantization)
+    on_gpu = {bits: predict(config, quantization, args.context, cache_bits=bits).total for bits in (16, 8)}
     if args.json:
-        print(json.dumps({"quantization": quantization and asdict(quantization), **asdict(found)}))
+        gpu = {"context": args.context, "device_bytes": on_gpu[16], "device_bytes_with_8_bit_cache": on_gpu[8]}
+        print(json.dumps({"quantization": quantization and asdict(quantization), **asdict(found), **gpu}))
         return
     group = quantization and (f"group {quantization.group_size}" if quantization.group_size != -1 else "no groups")
     print(f"{path}: {f'{quantization.bits} bits, {group}' if quantization else 'fp16'}")
     for name, value in (("weights file", found.file), ("memory to load", found.weights),
-                        ("KV cache per 1,000 tokens", found.kv_per_1000_tokens)):  # fmt: skip
+                        ("KV cache per 1,000 tokens", found.kv_per_1000_tokens),
+                        (f"on a GPU, {args.context:,} tokens", on_gpu[16]),
+                        ("  with an 8-bit cache", on_gpu[8])):  # fmt: skip
         print(f"  {name:<26} {value:>17,} bytes  {value / 1e9:8.3f} GB")
 
 
