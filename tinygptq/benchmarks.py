@@ -172,7 +172,7 @@ def humaneval_test(document: dict[str, str]) -> str:
     return f"{document['test']}\ncheck({document['entry_point']})"
 
 
-def codex_pass(document: dict[str, str], results: Sequence[Sequence[str]]) -> dict[str, float]:
+def codex_pass(document: dict[str, str], results: Sequence[Any]) -> dict[str, float]:
     """pass@1 and pass@10 of a problem's programs, each run with its tests in a process of its own."""
     programs = results[0] if isinstance(results[0], list) else list(results)
     right = sum(passes(program, humaneval_test(document)) for program in programs)

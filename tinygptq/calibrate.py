@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +71,12 @@ class DatasetSpec:
 
     def __str__(self) -> str:
         return str(self.path) if self.path else f"{self.name}:{self.split}"
+
+    @property
+    def entry(self) -> NamedSet:
+        """What is known of a named set."""
+        assert self.name is not None
+        return NAMED_SETS[self.name]
 
 
 def parse_dataset(text: str | Path) -> DatasetSpec:
@@ -149,7 +156,7 @@ def evaluation_text(dataset: str | Path, tokenizer: Tokenizer, protocol: str | N
     published = PUBLISHED[spec.name]
     if ":" not in str(dataset):
         spec = DatasetSpec(name=spec.name, split=published.split)
-    column = NAMED_SETS[spec.name].column
+    column = spec.entry.column
     try:
         return published.between.join(row[column] for row in itertools.islice(_load(spec), published.rows))
     except KeyError as error:
@@ -221,7 +228,7 @@ class _Writer:
 
         self.template = template
         self.bos, self.eos = text_of(tokenizer.bos_id), text_of(tokenizer.eos_id)
-        self.chat_template = tokenizer.chat_template
+        self.chat_template = tokenizer.chat_template or ""
         if template != CHAT_TEMPLATE:
             get_template(template)  # an unknown name should not wait for a download
         elif not self.chat_template:
@@ -255,7 +262,7 @@ def _string(record: dict, name: str, where: str) -> str:
     return record[name]
 
 
-def _messages(messages: object, where: str) -> list[Message]:
+def _messages(messages: Any, where: str) -> list[Message]:
     wanted = isinstance(messages, list) and messages and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
     if not wanted:
@@ -299,15 +306,15 @@ def _record_texts(text: str, path: Path, writer: _Writer) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ named sets
 
 
-def _load(spec: DatasetSpec) -> Iterable[dict]:
+def _load(spec: DatasetSpec) -> Any:
     """The rows of a named set, through the optional package `datasets` and, the first time, the network."""
-    entry = NAMED_SETS[spec.name]
+    entry = spec.entry
     try:
         import datasets
     except ImportError:
         raise TinyGPTQError(f"dataset {spec.name} needs the package datasets (pip install tinygptq[data]); "
                             f"{ALTERNATIVE}") from None
-    options = {"revision": entry.revision} if entry.revision else {}
+    options: dict[str, Any] = {"revision": entry.revision} if entry.revision else {}
     if entry.data_files:  # only the one file that is used, not the whole set
         options["data_files"] = {spec.split: entry.data_files[spec.split]}
     hub_log = logging.getLogger("huggingface_hub")
@@ -326,7 +333,7 @@ def _load(spec: DatasetSpec) -> Iterable[dict]:
 def _set_tokens(spec: DatasetSpec, tokenizer: Tokenizer, writer: _Writer, needed: int,
                 rng: np.random.Generator) -> np.ndarray:
     """One stream of ids [n] of a named set; of documents, a random choice of STREAM_FACTOR times what is needed."""
-    entry, rows = NAMED_SETS[spec.name], _load(spec)
+    entry, rows = spec.entry, _load(spec)
     try:
         if entry.in_order:
             return _encode(tokenizer, "\n\n".join(rows[entry.column]))  # as the GPTQ paper's code joins them
@@ -370,15 +377,16 @@ def conversations(rows: Iterable[dict]) -> list[list[Message]]:
     may be None) and, perhaps, deleted. A walk ends with the last assistant's reply; roots without any are left out.
     """
     children: dict[str | None, list[dict]] = {}
-    for row in rows:
-        if row["lang"] == "en" and not row.get("deleted"):
-            children.setdefault(row["parent_id"], []).append(row)
+    for reply in rows:
+        if reply["lang"] == "en" and not reply.get("deleted"):
+            children.setdefault(reply["parent_id"], []).append(reply)
     for replies in children.values():
         replies.sort(key=lambda row: (row["rank"] is None, row["rank"] or 0))
     roles = {"prompter": "user", "assistant": "assistant"}
-    found = []
-    for row in children.get(None, []):
-        messages = []
+    found: list[list[Message]] = []
+    for first in children.get(None, []):
+        row: dict | None = first
+        messages: list[Message] = []
         while row is not None:
             messages.append({"role": roles[row["role"]], "content": row["text"]})
             row = next(iter(children.get(row["message_id"], [])), None)

@@ -116,7 +116,8 @@ class _Totals:
         self._nats, self._agreed = [0.0, 0.0], 0
         self._kl: list[np.ndarray] = []
         self._errors, self._sizes = np.zeros(layers + 1), np.zeros(layers + 1)
-        self._most, self._worst = worst, []
+        self._most = worst
+        self._worst: list[tuple] = []
 
     def add_hidden(self, index: int, a: np.ndarray, b: np.ndarray) -> None:
         if a.shape != b.shape:
@@ -159,9 +160,10 @@ class _Totals:
     def _shown(self, ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[WorstToken]:
         for kl, position, actual, top_a, top_b, p_a, p_b in sorted(self._worst, reverse=True):
             before = ids[max(position + 1 - CONTEXT_TOKENS, 0) : position + 1]
-            texts = [tokenizer.token_bytes(token, skip_special=False).decode("utf-8", "replace")
-                     for token in (actual, top_a, top_b)]  # fmt: skip
-            yield WorstToken(position, kl, tokenizer.decode(before.tolist(), skip_special=False), *texts, p_a, p_b)
+            context = tokenizer.decode(before.tolist(), skip_special=False)
+            is_, a, b = (tokenizer.token_bytes(token, skip_special=False).decode("utf-8", "replace")
+                         for token in (actual, top_a, top_b))  # fmt: skip
+            yield WorstToken(position, kl, context, is_, a, b, p_a, p_b)
 
 
 def plot(comparison: Comparison, path: str | Path, names: tuple[str, str] = ("A", "B")) -> None:

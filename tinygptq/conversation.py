@@ -136,7 +136,7 @@ class Conversation:
         bos, eos = self._text_of(tokenizer.bos_id), self._text_of(tokenizer.eos_id)
         system = [{"role": "system", "content": self.system}] if self.system else []
         if self.template == FOLDER_TEMPLATE:
-            text = render_chat(tokenizer.chat_template, [*system, *messages], bos, eos)
+            text = render_chat(tokenizer.chat_template or "", [*system, *messages], bos, eos)
         else:
             text = render_conversation(self.template, [*system, *messages], bos, eos)
         return tokenizer.encode(text, bos=False if bos and text.startswith(bos) else None)

@@ -96,8 +96,8 @@ def _windows(tokens: int, seqlen: int, stride: int | None) -> list[_Window]:
 
 def _alike(windows: list[_Window], at_once: int) -> Iterator[list[_Window]]:
     """Neighbours of one length that predict equally many tokens, ``at_once`` at most."""
-    for _, same in itertools.groupby(windows, lambda window: (window.end - window.start, window.seen)):
-        same = list(same)
+    for _, group in itertools.groupby(windows, lambda window: (window.end - window.start, window.seen)):
+        same = list(group)
         for i in range(0, len(same), at_once):
             yield same[i : i + at_once]
 

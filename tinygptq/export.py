@@ -144,10 +144,10 @@ class QuantizedFolderWriter:
         finished: Mapping[str, int] | None = None,
     ) -> None:
         self.quantization, config, weights = quantization, source.config, source.weights
-        self._biased = [name for name, linear in weights.linears.items() if linear.bias is not None]
+        biases = {name: linear.bias for name, linear in weights.linears.items() if linear.bias is not None}
         layout = tensor_layout(config, quantization)
-        for name in self._biased:
-            layout[f"{name}.bias"] = (np.dtype(np.float16), weights.linears[name].bias.shape)
+        for name, bias in biases.items():
+            layout[f"{name}.bias"] = (np.dtype(np.float16), bias.shape)
         facts = quantization.to_dict(model_name=source.folder.resolve().name) | dict(facts or {})
         write_configs(source.folder, folder, "float16", facts)
         self.checksums = dict(finished or {})
@@ -157,8 +157,8 @@ class QuantizedFolderWriter:
             self._file.write(f"{name}.weight", to_half(norm, name))
         if not config.tie_word_embeddings:
             self._file.write("lm_head.weight", to_half(weights.head, "lm_head.weight"))
-        for name in self._biased:
-            self._file.write(f"{name}.bias", to_half(weights.linears[name].bias, name))
+        for name, bias in biases.items():
+            self._file.write(f"{name}.bias", to_half(bias, name))
 
     def write(self, name: str, solution: Solution) -> None:
         self.write_tensors(name, gptq_tensors(solution, self.quantization))
@@ -176,7 +176,7 @@ class QuantizedFolderWriter:
     def __enter__(self) -> QuantizedFolderWriter:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._file.__exit__(*error)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Quantization:
 def find_quantize_config(folder: Path) -> QuantizeConfig | None:
     """How a folder was quantised, from the first of the three places that says so; None for an unquantised one."""
     found = find_quantization(folder)
-    return found and found.config
+    return found.config if found else None
 
 
 def find_quantization(folder: Path) -> Quantization | None:
@@ -81,7 +81,7 @@ def _require_gptq(raw: dict[str, Any], where: str) -> None:
         raise TinyGPTQError(f"{where}: pack_dtype is {raw['pack_dtype']!r}, only 'int32' is supported")
 
 
-def name_tool(raw: dict[str, Any]) -> tuple[str, str]:
+def name_tool(raw: Mapping[str, Any]) -> tuple[str, str]:
     """``(tool, evidence)`` of a config: each version of each tool added fields that the earlier ones do not have."""
     meta = raw.get("meta")
     quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
@@ -131,7 +131,7 @@ def infer_quantization(tensors: Tensors, shapes: Shapes) -> Quantization:
 
 
 def _infer_bits(tensors: Tensors, linears: list[tuple[str, int, int]]) -> int:
-    found = {}
+    found: dict[int, str] = {}
     for name, inputs, _ in linears:
         words = tensors.peek(f"{name}.qweight").shape
         if len(words) != 2 or words[0] * 32 % inputs or words[0] * 32 // inputs not in SUPPORTED_BITS:

@@ -33,6 +33,7 @@ class Adapter:
     """
 
     tokenizer = None  # the harness would look for transformers' attributes in it
+    cache_hook: Any  # the harness's cache of answers; its base class makes it
 
     def __init__(self, model: LanguageModel, batch_size: int | None = None, template: str = FOLDER_TEMPLATE) -> None:
         super().__init__()
@@ -77,7 +78,8 @@ class Adapter:
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], tuple(found))
 
         cut = [self._fit(context, continuation) for _, context, continuation in requests]
-        return [tuple(found) for found in self.scorer.score(cut, progress=not disable_tqdm, on_result=note)]
+        found = self.scorer.score(cut, progress=not disable_tqdm, on_result=note)
+        return [(one.logprob, one.is_greedy) for one in found]
 
     def _fit(self, context: list[int], continuation: list[int]) -> Request:
         """The last ``max_length + 1`` tokens, of which the last is only predicted; the continuation must fit whole."""
@@ -95,8 +97,8 @@ class Adapter:
             windows += found
             owners += [owner] * len(found)
         totals = [0.0] * len(requests)
-        for owner, found in zip(owners, self.scorer.score(windows, progress=not disable_tqdm), strict=True):
-            totals[owner] += found.logprob
+        for owner, scored in zip(owners, self.scorer.score(windows, progress=not disable_tqdm), strict=True):
+            totals[owner] += scored.logprob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals

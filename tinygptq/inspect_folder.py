@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +100,19 @@ def inspect_folder(folder: str | Path) -> Inspection:
     if model_config is not None:
         found.config = found.attempt(lambda: LlamaConfig.from_dict(model_config, str(found.folder / "config.json")))
     stated = found.attempt(lambda: find_quantization(found.folder)) if model_config is not None else None
-    base_name = stated and stated.file_base_name
+    base_name = stated.file_base_name if stated else None
     tensors = found.attempt(lambda: Tensors(found.folder, base_name, on_error=found.problem))
     if tensors is not None:
         found.files = {file.path.name: file.path.stat().st_size for file in tensors.files}
         found.bytes = bytes_by_kind(tensors, sum(found.files.values()))
     unequal: tuple[tuple[str, str], ...] = ()
-    if tensors is not None and found.config is not None:
-        quantization = found.attempt(lambda: quantization_of(tensors, found.config, stated))
+    config = found.config
+    if tensors is not None and config is not None:
+        quantization = found.attempt(lambda: quantization_of(tensors, config, stated))
         found.quantization = quantization
         unreadable = quantization is None and any(name.endswith(".qweight") for name in tensors.names())
-        _look_at_tensors(found, tensors, unreadable)
-        unequal = unequal_g_idx(found.config, tensors)
+        _look_at_tensors(found, config, tensors, unreadable)
+        unequal = unequal_g_idx(config, tensors)
     places = _compare_configs(found, model_config)
     found.warnings += FileFacts(found.quantization, found.facts).warnings()
     _look_at_tokenizer(found)
@@ -118,15 +120,15 @@ def inspect_folder(folder: str | Path) -> Inspection:
     return found
 
 
-def _look_at_tensors(found: Inspection, tensors: Tensors, unreadable: bool) -> None:
+def _look_at_tensors(found: Inspection, config: LlamaConfig, tensors: Tensors, unreadable: bool) -> None:
     """Every tensor the configuration asks for, then those that it does not."""
-    config = found.config
     for name, shape in dense_tensors(config, tensors):
-        found.attempt(lambda name=name, shape=shape: tensors.take(f"{name}.weight", shape))
+        found.attempt(partial(tensors.take, f"{name}.weight", shape))
     for name, shape in quantizable(config, tensors):
         if unreadable and f"{name}.qweight" in tensors:
             continue  # without bits nothing can be said of it; why there are none is a problem already
-        read = found.attempt(lambda n=name, s=shape: read_linear(tensors, n, *s, found.quantization, config.has_bias(n)))
+        biased = config.has_bias(name)
+        read = found.attempt(partial(read_linear, tensors, name, *shape, found.quantization, biased))
         if read is not None:
             linear, facts = read
             if facts is not None:
@@ -140,7 +142,7 @@ def _look_at_tensors(found: Inspection, tensors: Tensors, unreadable: bool) -> N
 
 def _row(name: str, linear: Any, facts: LinearFacts | None) -> LinearRow:
     biased, shape = linear.bias is not None, (linear.in_features, linear.out_features)
-    if not isinstance(linear, PackedLinear):
+    if not isinstance(linear, PackedLinear) or facts is None:
         return LinearRow(name, *shape, None, None, None, "", "", linear.weight.dtype.name, biased)
     groups = len(linear.scales)
     return LinearRow(
@@ -208,7 +210,7 @@ def _look_at_tokenizer(found: Inspection) -> None:
 def _judge(found: Inspection, model_config: Mapping[str, Any], places: tuple[str, ...], unequal: tuple) -> None:
     stated = found.quantization
     folder = Loadable(
-        config=stated and stated.config,
+        config=stated.config if stated else None,
         shapes={row.name: (row.in_features, row.out_features) for row in found.linears if row.bits is not None},
         facts=found.facts,
         model_config=model_config,

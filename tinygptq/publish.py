@@ -263,13 +263,14 @@ def _measure(job: Job) -> bool:
 def _perplexity(folder: Path, recipe: Recipe) -> Perplexity:
     from tinygptq.calibrate import evaluation_text  # only here: it may import tokenizers and datasets
 
+    assert recipe.perplexity is not None
     model = load(folder, context=2)  # windows go through the model whole, without the engine's cache
     return model.perplexity(evaluation_text(recipe.perplexity, model.tokenizer), recipe.seqlen, recipe.max_windows)
 
 
 def _note_original(done: list[Job]) -> None:
     """Note the unquantised model's perplexity beside each branch's; it is measured once, for those that lack it."""
-    noted = {job: read_meta(Path(job.folder)).get("perplexity") for job in done if job.recipe.perplexity is not None}
+    noted = {job: read_meta(Path(job.folder))["perplexity"] for job in done if job.recipe.perplexity is not None}
     lacking = [job for job, perplexity in noted.items() if "unquantised" not in perplexity]
     if not lacking:
         return

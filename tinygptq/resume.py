@@ -48,7 +48,7 @@ from tinygptq.tensorfile import TensorFile
 try:
     import fcntl
 except ImportError:  # not a POSIX system: nothing then keeps two runs from one OUT
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("tinygptq")
 
@@ -200,15 +200,16 @@ class Progress:
         return hidden
 
     def _read_activations(self) -> list[np.ndarray]:
-        path, batches, crc = self._activations(self.blocks), [], 0
-        sizes = [prod(shape) for shape in self._state.shapes]
+        state, path, batches, crc = self._state, self._activations(self.blocks), [], 0
+        assert state is not None  # `begin` looked
+        sizes = [prod(shape) for shape in state.shapes]
         if not path.is_file() or path.stat().st_size != 4 * sum(sizes):
             raise self._damaged(path)
         with open(path, "rb") as file:
-            for shape, size in zip(self._state.shapes, sizes, strict=True):
+            for shape, size in zip(state.shapes, sizes, strict=True):
                 batches.append(np.fromfile(file, np.float32, size).reshape(shape))
                 crc = zlib.crc32(batches[-1], crc)
-        if crc != self._state.crc32:
+        if crc != state.crc32:
             raise self._damaged(path)
         return batches
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -146,7 +146,7 @@ class Scorer:
                     if on_result is not None:
                         on_result(index, found)
                     bar.update()
-        return results
+        return cast(list[LogLikelihood], results)  # every request was a member of one batch
 
     def _plan(self, jobs: list[_Job]) -> list[Batch]:
         inputs, needed = [job.inputs for job in jobs], [job.needed for job in jobs]
@@ -169,6 +169,7 @@ class Scorer:
         """The residual stream of each member after its first ``batch.shared`` tokens, float32 [B, T, C], padded."""
         inputs = members[0].inputs
         kept = min(batch.shared, common_length(np.asarray(self._held, np.int64), inputs))
+        assert self._trunk is not None  # _make_room came first
         self._trunk.truncate(kept)
         del self._held[kept:]
         if len(members) == 1:
@@ -180,7 +181,8 @@ class Scorer:
         for row, job in zip(ids, members, strict=True):
             row[: len(job.inputs) - batch.shared] = job.inputs[batch.shared :]
         self.tokens_computed += ids.size
-        return self.model.hidden(ids, ForkedCache(self._trunk, len(members), longest))
+        fork = ForkedCache(self._trunk, len(members), longest)
+        return self.model.hidden(ids, fork)  # type: ignore[arg-type]  # it does what a KVCache does
 
     def _grow(self, ids: np.ndarray) -> np.ndarray:
         """Append tokens to the trunk; int [T] -> float32 [1, T, C]."""

@@ -46,7 +46,7 @@ def split_layout(layout: Layout, max_shard_size: int | None) -> list[Layout]:
             filled = 0
         parts[-1][name] = entry
         filled += size
-    return parts
+    return list(parts)
 
 
 class ShardedWriter:

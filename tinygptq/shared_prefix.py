@@ -92,6 +92,7 @@ def plan(
             ):
                 best = costs[start] + cost, held_then, start, shared
             most = min(most, common[start])
+        assert best is not None  # a sequence alone is always allowed
         costs.append(best[0])
         holds.append(best[1])
         last.append(Batch(best[2], end, best[3]))

@@ -44,7 +44,7 @@ def sizes(config: LlamaConfig, quantization: QuantizeConfig | None) -> Sizes:
 def dense_layout(config: LlamaConfig) -> Layout:
     """``{name: (dtype, shape)}`` of an unquantised fp16 folder."""
     half, table = np.dtype(np.float16), (config.vocab_size, config.hidden_size)
-    layout = {"model.embed_tokens.weight": (half, table)}
+    layout: dict[str, tuple[np.dtype, tuple[int, ...]]] = {"model.embed_tokens.weight": (half, table)}
     layout |= {f"{name}.weight": (half, (config.hidden_size,)) for name in norm_names(config)}
     layout |= {f"{name}.weight": (half, (out, inputs)) for name, (inputs, out) in linear_names(config)}
     if not config.tie_word_embeddings:

@@ -103,7 +103,7 @@ def is_finite(array: np.ndarray) -> bool:
     size = array.dtype.itemsize
     infinity = int(np.array(np.inf, array.dtype).view(f"u{size}"))
     negative = infinity | 1 << (8 * size - 1)
-    flat, broken = array.reshape(-1), []
+    flat, broken = array.reshape(-1), list[int]()
 
     def look(part: slice) -> None:
         for start in range(part.start, part.stop, CHUNK):

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tinygptq.config import read_json
 from tinygptq.errors import TinyGPTQError
@@ -29,7 +30,14 @@ FAST_ONLY = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that kno
 
 # sentencepiece writes one U+FFFD for each undecodable byte, Python and tokenizers one for each undecodable sequence.
 ONE_MARK_A_BYTE = "tinygptq-one-mark-a-byte"
-codecs.register_error(ONE_MARK_A_BYTE, lambda error: ("\ufffd" * (error.end - error.start), error.end))
+
+
+def _one_mark_a_byte(error: Any) -> tuple[str, int]:
+    """For a UnicodeDecodeError."""
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(ONE_MARK_A_BYTE, _one_mark_a_byte)
 
 
 # ------------------------------------------------------------------------------------------------ the interface
@@ -84,9 +92,11 @@ class Tokenizer(ABC):
             raise TinyGPTQError(f"the text is not valid Unicode: a lone surrogate at position {error.start}") from None
         if bos is None:
             return self._encode_by_rule(text)
-        if bos and self.bos_id is None:
+        if not bos:
+            return self._encode_text(text)
+        if self.bos_id is None:
             raise TinyGPTQError("this tokenizer has no BOS token")
-        return [self.bos_id] * bos + self._encode_text(text)
+        return [self.bos_id, *self._encode_text(text)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ``ids``. Undecodable bytes become U+FFFD; ids the tokenizer does not know stand for nothing."""
@@ -183,9 +193,9 @@ class SentencePieceTokenizer(Tokenizer):
     def _place(self, rules: FolderRules) -> tuple[dict[int, str], dict[str, tuple[int, AddedToken]]]:
         """Give every added token its id: the folder's, the model's own piece, or the next free one."""
         model, tokens = self._model, {token.content: token for token in rules.added}
-        for id in (model.unk_id(), model.bos_id(), model.eos_id()):  # transformers names these three by default
-            if id >= 0:
-                tokens.setdefault(model.id_to_piece(id), AddedToken(model.id_to_piece(id)))
+        for own in (model.unk_id(), model.bos_id(), model.eos_id()):  # transformers names these three by default
+            if own >= 0:
+                tokens.setdefault(model.id_to_piece(own), AddedToken(model.id_to_piece(own)))
         contents: dict[int, str] = {}
         flags: dict[str, tuple[int, AddedToken]] = {}
         for token in tokens.values():

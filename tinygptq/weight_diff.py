@@ -67,8 +67,8 @@ def recover(
                 file.write(name, to_half(tuned, name) if kind == np.float16 else tuned)
         largest = None
         if check:
-            tuned = named_tensors(load_checkpoint(folder))
-            largest = max(compare(name, raw_tensor(before, name, padded), tuned[name], change[name]) for name in change)
+            stored = named_tensors(load_checkpoint(folder))
+            largest = max(compare(name, raw_tensor(before, name, padded), stored[name], change[name]) for name in change)
     return Recovered(Path(path_tuned), len(change), bool(padded), largest)
 
 

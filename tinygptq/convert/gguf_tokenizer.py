@@ -123,7 +123,7 @@ def bpe_tokenizer(tokens: list[str], kinds: list[int], merges: list[str], pre: s
     vocabulary = {token: id for id, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise TinyGPTQError(f"{where}: {len(tokens) - len(vocabulary)} tokens occur twice")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]  # tokenizers refuses those that are no pairs
     words = word_rule(pre, where)
     try:
         model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre in WHOLE_WORDS_FIRST)

@@ -31,7 +31,7 @@ def write_gptq(source: Source, folder: Path, checkpoint_format: str, max_shard_s
     quantization = gptq_config(source, checkpoint_format)
     flags, absent = missing_biases(source.config, source.dense)
     half, integer = np.dtype(np.float16), np.dtype(np.int32)
-    layout = {name: (half, array.shape) for name, array in source.dense.items()}
+    layout: dict[str, tuple[np.dtype, tuple[int, ...]]] = {name: (half, array.shape) for name, array in source.dense.items()}
     layout |= {name: (half, shape) for name, shape in absent.items()}
     for name, (in_features, out_features) in linear_names(source.config):
         if name in source.linears:

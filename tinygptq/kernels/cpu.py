@@ -164,7 +164,7 @@ def _padded_rows(inputs: int, group_size: int) -> np.ndarray:
 def _in_tiles(values: np.ndarray, dtype: type, tiles: int) -> np.ndarray:
     """[G, N] -> [tiles, G, 16], the columns past the last filled with zeros."""
     groups, outputs = values.shape
-    padded = np.zeros((groups, tiles * COLUMNS), dtype)
+    padded: np.ndarray = np.zeros((groups, tiles * COLUMNS), dtype)
     padded[:, :outputs] = values
     return np.ascontiguousarray(padded.reshape(groups, tiles, COLUMNS).swapaxes(0, 1))  # (tiles, G, 16)
 
