@@ -11,7 +11,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +151,16 @@ class QuantizedFolderWriter:
         facts = quantization.to_dict(model_name=source.folder.resolve().name) | dict(facts or {})
         write_configs(source.folder, folder, "float16", facts)
         self.checksums = dict(finished or {})
-        self._file = TensorFileWriter(folder / "model.safetensors", layout, keep=self.checksums)
-        self._file.write("model.embed_tokens.weight", to_half(weights.embedding, "model.embed_tokens.weight"))
-        for name, norm in weights.norms.items():
-            self._file.write(f"{name}.weight", to_half(norm, name))
-        if not config.tie_word_embeddings:
-            self._file.write("lm_head.weight", to_half(weights.head, "lm_head.weight"))
-        for name, bias in biases.items():
-            self._file.write(f"{name}.bias", to_half(bias, name))
+        with ExitStack() as stack:
+            self._file = stack.enter_context(TensorFileWriter(folder / "model.safetensors", layout, keep=self.checksums))
+            self._file.write("model.embed_tokens.weight", to_half(weights.embedding, "model.embed_tokens.weight"))
+            for name, norm in weights.norms.items():
+                self._file.write(f"{name}.weight", to_half(norm, name))
+            if not config.tie_word_embeddings:
+                self._file.write("lm_head.weight", to_half(weights.head, "lm_head.weight"))
+            for name, bias in biases.items():
+                self._file.write(f"{name}.bias", to_half(bias, name))
+            stack.pop_all()  # nothing was refused: the file stays open
 
     def write(self, name: str, solution: Solution) -> None:
         self.write_tensors(name, gptq_tensors(solution, self.quantization))

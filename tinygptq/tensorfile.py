@@ -106,8 +106,12 @@ class TensorFileWriter:
         self._layout = {name: (np.dtype(dtype), tuple(shape)) for name, (dtype, shape) in layout.items()}
         self._missing = set(layout) - set(keep)
         self._file = open(path, "r+b" if keep else "wb")  # noqa: SIM115 - closed by close() or by the with statement
-        self._file.write(header)
-        _reserve(self._file.fileno(), size)
+        try:
+            self._file.write(header)
+            _reserve(self._file.fileno(), size)
+        except BaseException:
+            self._file.close()
+            raise
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Write one tensor; its dtype and shape must be the announced ones."""
@@ -120,10 +124,10 @@ class TensorFileWriter:
 
     def close(self) -> None:
         """Flush to disk; every announced tensor must have been written."""
-        if self._missing:
-            raise AssertionError(f"tensors announced but not written: {sorted(self._missing)[:3]}")
-        self.flush()
-        self._file.close()
+        with self._file:
+            if self._missing:
+                raise AssertionError(f"tensors announced but not written: {sorted(self._missing)[:3]}")
+            self.flush()
 
     def flush(self) -> None:
         """What was written so far is on the disk when this returns."""
