@@ -39,6 +39,7 @@ log = logging.getLogger("tinygptq")
 
 RESIDUAL = np.float16
 MODEST = 8e9  # bytes of the card up to which activations are kept, to save time
+SPARE = 1e9  # of them, for what the memory pool cannot use
 BASE = 700 << 20  # of the card: CUDA's own, the libraries' code and workspaces, cuBLAS's and cuSOLVER's
 
 
@@ -114,7 +115,7 @@ class Card(Host):
         self._used = steady_bytes(source) + (0 if self._on_host else stream)
         kept = {k: min(max(self.room(k), 0), stream * k / source.config.hidden_size) for k in widths}
         peak = max(self._used + stage_bytes(source.config, k) + kept[k] for k in widths)
-        cupy().get_default_memory_pool().set_limit(size=int(max(peak, MODEST) - BASE))
+        cupy().get_default_memory_pool().set_limit(size=int(max(peak + SPARE, MODEST) - BASE))
         log.info("memory: about %.1f GB on the GPU, of which %.1f GB are free, and %.1f GB on the host",
                  peak / 1e9, self._most / 1e9, (HOST_BASE + self._on_host * stream) / 1e9)  # fmt: skip
 
@@ -147,7 +148,10 @@ class Card(Host):
                 del model.weights.linears[name]
 
     def room(self, width: int) -> float:
-        return min(MODEST, self._most) - self._used - stage_bytes(self._source.config, width)
+        pool = cupy().get_default_memory_pool()
+        if pool.free_bytes() > SPARE:  # pieces of other sizes than the coming stage needs
+            pool.free_all_blocks()
+        return min(MODEST, self._most) - SPARE - self._used - stage_bytes(self._source.config, width)
 
     def hessian(self, in_features: int) -> Hessian:
         return HalfHessian(in_features)
@@ -347,5 +351,5 @@ def stage_bytes(config: LlamaConfig, width: int) -> int:
     """The most that the work on linears with ``width`` inputs takes for a time: factoring in float64 at worst, or solving,
     or a batch's activations."""
     outputs = max(n for k, n in config.linear_shapes().values() if k == width)
-    batch = TOKENS_AT_ONCE * (4 * config.hidden_size + 3 * config.intermediate_size) * 2
+    batch = TOKENS_AT_ONCE * (14 * config.hidden_size + 4 * config.intermediate_size)  # fp16, and the norm's in float32 too
     return max(24 * width**2, 8 * width**2 + 24 * width * outputs, 4 * width**2 + batch)

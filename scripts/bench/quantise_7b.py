@@ -80,7 +80,7 @@ def run_one(model: Path, out: Path, branch: str, recipe: str, samples: int, toke
 
 
 class LeastFree(threading.Thread):
-    """Looks at the card's free memory every few milliseconds; ``used``: the most that was in use, with CUDA's own."""
+    """Looks at the card's free memory every few milliseconds; ``used``: the most that was in use, CUDA's own included."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -112,8 +112,7 @@ def timed(words: list[str]) -> dict[str, Any]:
     while process.poll() is None:
         try:
             fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-            private = int(fields["RssAnon"].split()[0]) + int(fields["RssShmem"].split()[0])
-            host = max(host, 1024 * private)
+            host = max(host, 1024 * int(fields["RssAnon"].split()[0]))  # pages of files, in memory anyway, are not counted
         except (OSError, KeyError, ValueError):
             pass
         time.sleep(0.05)
@@ -126,12 +125,14 @@ def timed(words: list[str]) -> dict[str, Any]:
 def killed(words: list[str], whole: Path, seconds: float) -> dict[str, Any]:
     """The same run, ended by SIGKILL after so many seconds and continued; whether its file is the whole run's."""
     out = whole.with_name(f"{whole.name}-killed")
+    shutil.rmtree(out, ignore_errors=True)
     words = [*words[:2], str(out), *words[3:], "--resume"]
     process = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.DEVNULL)
     time.sleep(seconds)
     process.kill()
     process.wait()
-    blocks = json.loads((place_of(out) / "state.json").read_text())["state"]["blocks"]
+    state = place_of(out) / "state.json"
+    blocks = json.loads(state.read_text())["state"]["blocks"] if state.exists() else 0
     rest = timed(words)["wall_seconds"]
     same = filecmp.cmp(whole / "model.safetensors", out / "model.safetensors", shallow=False)
     shutil.rmtree(out)

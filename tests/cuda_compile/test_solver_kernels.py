@@ -16,17 +16,17 @@ from tinygptq.kernels.cuda import calibration, solver
 
 INT, FLOAT = types.int64, types.float32
 FLOATS, TABLE, HALVES = types.Array(FLOAT, 1, "C"), types.Array(FLOAT, 2, "C"), types.Array(types.float16, 2, "C")
-WORDS, PAIRS = types.Array(types.uint32, 1, "C"), types.Array(types.uint32, 2, "C")
+WORDS = types.Array(types.uint32, 1, "C")
 ROUNDING = (INT, FLOAT, FLOAT)
 KERNELS = {
     "grids": (solver.grids_kernel, (TABLE, FLOATS, FLOATS, TABLE, TABLE, INT, INT, *ROUNDING), (8, 0)),
     "block": (
         solver.block_kernel,
-        (TABLE, TABLE, types.Array(types.uint8, 2, "C"), TABLE, types.Array(types.float64, 1, "C"), TABLE, TABLE,
-         types.Array(types.int32, 1, "C"), FLOATS, FLOATS, INT, INT, INT, *ROUNDING),
+        (FLOATS, FLOATS, types.Array(types.uint8, 1, "C"), FLOATS, types.Array(types.float64, 1, "C"), FLOATS, FLOATS,
+         types.Array(types.int32, 1, "C"), FLOATS, FLOATS, INT, INT, INT, INT, INT, *ROUNDING),
         (9, 0),
     ),
-    "norm": (lambda: calibration.NORM, (HALVES, FLOATS, FLOAT, PAIRS), (8, 0)),
+    "norm": (lambda: calibration.NORM, (HALVES, FLOATS, FLOAT, TABLE), (8, 0)),
     "rotate": (lambda: calibration.ROTATE, (types.Array(types.float16, 3, "C"), TABLE, TABLE), (8, 6)),
     "gate": (lambda: calibration.GATE, (WORDS, WORDS), (8, 9)),
     "softmax": (lambda: calibration.SOFTMAX, (TABLE, HALVES, INT, INT, FLOAT), (9, 0)),

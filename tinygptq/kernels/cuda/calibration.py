@@ -1,7 +1,8 @@
 """The forward pass over calibration text on the device: the five functions of model.py for fp16 CuPy arrays.
 
 Many tokens at once, so that all time is in dense products, which are cuBLAS's; between them are four small kernels. All
-arithmetic is in float32, and what is kept between functions is rounded to fp16 once. The definition is ops.py.
+arithmetic is in float32. Products take and give fp16; a norm gives float32, for the Hessian that sees it before a product
+rounds it. The definition is ops.py.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ exp2 = cuda.libdevice.exp2f
 
 
 def linear(x: Any, layer: DenseLinear) -> Any:
-    """``x @ weight.T + bias``: x float16 [..., K] -> float16 [..., N]; weights of another dtype are rounded to fp16."""
+    """``x @ weight.T + bias``: [..., K] -> float16 [..., N]; x and weights of another dtype are rounded to fp16."""
     cp = cupy()
-    weight = layer.weight.astype(np.float16, copy=False)
+    weight = cp.ascontiguousarray(layer.weight, dtype=np.float16)
     out = cp.empty((*x.shape[:-1], weight.shape[0]), np.float16)
-    rows = cp.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    rows = cp.ascontiguousarray(x, dtype=np.float16).reshape(-1, x.shape[-1])
     cublas().multiply_transposed(rows, weight, out.reshape(len(rows), -1), _stream().ptr)
     if layer.bias is not None:
         out += layer.bias
@@ -39,11 +40,10 @@ def linear(x: Any, layer: DenseLinear) -> Any:
 
 
 def rms_norm(x: Any, weight: Any, eps: float) -> Any:
-    """float16 or float32 [..., C] -> float16; C even, weight float32 [C]."""
-    cp = cupy()
-    out = cp.empty(x.shape, np.float16)
+    """float16 or float32 [..., C] -> float32; weight float32 [C]."""
+    out = cupy().empty(x.shape, np.float32)
     rows = x.reshape(-1, x.shape[-1])
-    NORM(len(rows), THREADS, _stream(), rows, weight, np.float32(eps), out.reshape(rows.shape).view(np.uint32))
+    NORM(len(rows), THREADS, _stream(), rows, weight, np.float32(eps), out.reshape(rows.shape))
     return out
 
 
@@ -113,7 +113,7 @@ def _blocks(elements: int) -> int:
 
 
 def norm_rows(x, weight, eps, out):
-    """A block for each row of x [rows, C]; out [rows, C / 2] half2."""
+    """A block for each row of x [rows, C]; out float32 [rows, C]."""
     shared = cuda.shared.array(33, np.float32)
     row, start = cuda.blockIdx.x, cuda.threadIdx.x
     total = ZERO
@@ -122,8 +122,7 @@ def norm_rows(x, weight, eps, out):
         total += value * value
     inverse = ONE / cuda.libdevice.sqrtf(block_sum(total, shared) / np.float32(x.shape[1]) + eps)
     for k in range(start, out.shape[1], THREADS):
-        low = np.float32(x[row, 2 * k]) * inverse * weight[2 * k]
-        out[row, k] = half2_from_floats(low, np.float32(x[row, 2 * k + 1]) * inverse * weight[2 * k + 1])
+        out[row, k] = np.float32(x[row, k]) * inverse * weight[k]
 
 
 def rotate_pairs(x, cos, sin):

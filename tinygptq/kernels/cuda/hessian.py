@@ -1,8 +1,10 @@
-"""The Hessian of fp16 activations, gathered on the device: exact products, summed in float32 by the tensor cores."""
+"""The Hessian gathered on the device: exact products of fp16 numbers, summed in float32 by the tensor cores."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import numpy as np
 
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq import Hessian
@@ -10,14 +12,18 @@ from tinygptq.kernels.cuda.cublas import Part, cublas
 from tinygptq.kernels.cuda.runtime import cupy
 
 PANEL = 1024  # rows of H that one product makes, right of the diagonal only: H is symmetric
+LOW = 2.0**-11  # an fp16 number's relative precision: what float32 numbers have below it is kept as a second fp16 number
 
 
 class HalfHessian(Hessian):
-    """`gptq.Hessian` for CuPy float16 activations.
+    """`gptq.Hessian` for CuPy activations in float16, or in float32, each then split in two: ``x = high + LOW * low``.
 
-    A product of two fp16 numbers has 22 significant bits and is exact in float32, so this is the sum that float32
-    activations of the same values give, but for its order. The upper half is summed, panel by panel; the lower one is
-    filled in when H is first asked for, and nothing may be added afterwards.
+    A product of two fp16 numbers has 22 significant bits and is exact in float32. So for fp16 activations this is the sum
+    that float32 has for the same values, but for its order. Of float32 ones it takes ``high high^T + LOW (high low^T + low
+    high^T)``, and leaves out ``LOW^2 low low^T``: 2^-22 of the whole, as float32's own rounding is.
+
+    The upper half is summed, panel by panel; the lower one is filled in when H is first asked for, and nothing may be added
+    afterwards.
     """
 
     def __init__(self, in_features: int) -> None:
@@ -25,24 +31,33 @@ class HalfHessian(Hessian):
         self._done = False
 
     def add(self, X: Any) -> None:
-        """Add activations float16 [B, T, in] or [T, in]. What is NaN or infinite shows when H is asked for."""
+        """Add activations [B, T, in] or [T, in]. What is NaN or infinite shows when H is asked for."""
         assert not self._done
         cp, n = cupy(), self.in_features
-        if X.ndim not in (2, 3) or X.shape[-1] != n or X.dtype.name != "float16":
-            raise TinyGPTQError(f"activations are {X.dtype.name} {X.shape}: expected float16 [B, T, {n}] or [T, same]")
+        if X.ndim not in (2, 3) or X.shape[-1] != n or X.dtype.name not in ("float16", "float32"):
+            raise TinyGPTQError(
+                f"activations are {X.dtype.name} {X.shape}: expected halves or floats [B, T, {n}] or [T, same]"
+            )
         x = cp.ascontiguousarray(X).reshape(-1, n)
         if x.shape[0] == 0:
             return
-        beta = 0 if self._sum is None else 1
         if self._sum is None:
-            self._sum = cp.empty((n, n), "float32")
-        stream = cp.cuda.get_current_stream().ptr
-        for i in range(0, n, PANEL):
-            # H's rows i .. are columns to cuBLAS, and x is [in, tokens]
-            rows, columns = min(PANEL, n - i), n - i
-            right, left = Part(x, n, i), Part(x, n, i, transposed=True)
-            cublas().gemm(right, left, Part(self._sum, n, i * n + i), (columns, rows, x.shape[0]), stream, beta=beta)
+            self._sum = cp.zeros((n, n), np.float32)
+        high = x.astype(np.float16, copy=False)
+        self._add_product(high, high, 1.0)
+        if x.dtype == np.float32:
+            low = ((x - high) * np.float32(1 / LOW)).astype(np.float16)
+            self._add_product(high, low, LOW)
+            self._add_product(low, high, LOW)
         self.n_samples += X.shape[0] if X.ndim == 3 else 1
+
+    def _add_product(self, left: Any, right: Any, share: float) -> None:
+        """``share * left^T right``, both float16 [tokens, in], to the sum's upper half."""
+        (tokens, n), stream = left.shape, cupy().cuda.get_current_stream().ptr
+        for i in range(0, n, PANEL):
+            # H's rows i .. are columns to cuBLAS, and what is [tokens, in] is [in, tokens]
+            a, b, c = Part(right, n, i), Part(left, n, i, transposed=True), Part(self._sum, n, i * n + i)
+            cublas().gemm(a, b, c, (n - i, min(PANEL, n - i), tokens), stream, alpha=share, beta=1)
 
     @property
     def H(self) -> Any:

@@ -1,7 +1,7 @@
 """GPTQ's solver on the device: the twins of gptq/solver.py's parts for CuPy arrays, given to it as this module.
 
-- Rows of W are independent given Hinv. A warp takes one row through a whole block of up to 128 columns, in shared memory:
-  one launch does what a loop over columns would do in a thousand, and the trailing update is one dense product.
+- Rows of W are independent given Hinv. A warp takes one row through a whole block of up to 128 columns, in registers: one
+  launch does what a loop over columns would do in a thousand, and the trailing update is one dense product.
 - Blocks are cut where groups end, so that a group's columns carry all corrections where the group starts: a block holds
   whole groups, or is a part of one. A longer group's grid is found by the kernel for grids before its first block.
 - H^-1 is never formed: with H = R R^T, R upper triangular, R^-1 is the upper Cholesky factor of H^-1.
@@ -26,7 +26,7 @@ from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.ptx import half2_from_floats, half2_to_floats
 from tinygptq.kernels.cuda.runtime import cuda, cupy
 from tinygptq.kernels.cuda.tables import device_function
-from tinygptq.kernels.cuda.warps import warp_max, warp_sum
+from tinygptq.kernels.cuda.warps import ALL, warp_max, warp_sum
 
 log = logging.getLogger("tinygptq")
 
@@ -44,7 +44,7 @@ rint = cuda.libdevice.rintf
 
 @device_function
 def as_stored(scale, down):
-    """`grid._as_stored` for one number."""
+    """`grid.as_stored` for one number."""
     word = half2_from_floats(scale, ZERO)
     stored = half2_to_floats(word)[0]
     if down != 0 and stored > scale and stored < INFINITY:
@@ -125,59 +125,107 @@ def grids_kernel() -> Kernel:
 # ------------------------------------------------------------------------------------------------- a block of columns
 
 
+@device_function
+def pick(part, a, b, c, d):
+    """The register that holds columns 32 * part .. of the block."""
+    return (a if part == 0 else b) if part < 2 else (c if part == 2 else d)
+
+
+@device_function
+def within(new, old, column, begin, end):
+    return new if column >= begin and column < end else old
+
+
 @functools.cache
 def block_kernel() -> Kernel:
     """The kernel that takes every row through one block of columns.
 
-    Shapes:
-        W: float32 [rows, columns], the block's columns with all corrections of earlier blocks; not changed. Hinv: float32
-        [columns, columns]. codes: uint8 [rows, columns] and Err: float32 [rows, 128], written. losses: float64 [rows],
-        added to. scales, zeros: float32 [rows, G]; read, or written where ``group_size`` says that grids are found here.
-        column_groups: int32 [columns]. importance, clips: as for `grids_kernel`.
+    Shapes (arrays flat; R rows, C columns, G groups):
+        W: float32 [R, C], the block's columns with all corrections of earlier blocks; not changed. Hinv: float32 [C, C],
+        zero below its diagonal. codes: uint8 [R, C] and Err: float32 [R, 128], written. losses: float64 [R], added to.
+        scales, zeros: float32 [R, G]; read, or written where ``group_size`` says that grids are found here. column_groups:
+        int32 [C]. importance, clips: as for `grids_kernel`.
     first, count: the block. group_size: of the groups that begin within it, one at its start; 0 where all grids are known.
-    Grid ceil(rows / 8), block 256.
+    Grid ceil(R / 8), block 256.
+
+    A lane holds four columns 32 apart. When one has had its turn, its weight's register keeps its error from then on (the
+    zeros below Hinv's diagonal leave it alone), and its zero point's register its code.
     """
 
     def quantize_block(
         W, Hinv, codes, Err, losses, scales, zeros, column_groups, importance, clips,
-        first, count, group_size, sym, maxq, least_zero,
+        columns, groups, first, count, group_size, sym, maxq, least_zero,
     ):  # fmt: skip
-        weights, scale_of = cuda.shared.array((WARPS, B), np.float32), cuda.shared.array((WARPS, B), np.float32)
-        zero_of, errors = cuda.shared.array((WARPS, B), np.float32), cuda.shared.array((WARPS, B), np.float32)
-        found = cuda.shared.array((WARPS, B), np.uint8)
-        lane, warp = cuda.threadIdx.x % LANES, cuda.threadIdx.x // LANES
+        tile = cuda.shared.array((WARPS, B), np.float32)  # where a group's weights lie while its grid is found
+        lane, warp = np.uint32(cuda.threadIdx.x % LANES), cuda.threadIdx.x // LANES
         row = cuda.blockIdx.x * WARPS + warp
-        if row < W.shape[0]:
-            for column in range(lane, count, LANES):
-                weights[warp, column] = W[row, first + column]
-                if group_size == 0:
-                    g = column_groups[first + column]
-                    scale_of[warp, column], zero_of[warp, column] = scales[row, g], zeros[row, g]
-            cuda.syncwarp()
-            loss = ZERO
+        if row < losses.size:
+            in_a, in_b, in_c, in_d = lane < count, lane + 32 < count, lane + 64 < count, lane + 96 < count
+            at = np.uint32(row * columns + first) + lane
+            a, b = W[at] if in_a else ZERO, W[at + np.uint32(32)] if in_b else ZERO
+            c, d = W[at + np.uint32(64)] if in_c else ZERO, W[at + np.uint32(96)] if in_d else ZERO
+            sa, sb, sc, sd = ONE, ONE, ONE, ONE
+            za, zb, zc, zd = ZERO, ZERO, ZERO, ZERO
+            if group_size == 0:
+                table, k = row * groups, np.uint32(first) + lane
+                if in_a:
+                    sa, za = scales[table + column_groups[k]], zeros[table + column_groups[k]]
+                if in_b:
+                    g = table + column_groups[k + np.uint32(32)]
+                    sb, zb = scales[g], zeros[g]
+                if in_c:
+                    g = table + column_groups[k + np.uint32(64)]
+                    sc, zc = scales[g], zeros[g]
+                if in_d:
+                    g = table + column_groups[k + np.uint32(96)]
+                    sd, zd = scales[g], zeros[g]
+            loss, next_group, g = ZERO, 0 if group_size > 0 else count, row * groups
+            if group_size > 0:
+                g += first // group_size
+            below = np.uint32(first * columns + first) + lane
             for step in range(count):
-                i = first + step
-                if group_size > 0 and step % group_size == 0:
-                    end = min(step + group_size, count)
-                    scale, zero = find_grid_of_columns(
-                        weights, warp, step, end, importance, first, clips, sym, maxq, least_zero
-                    )
-                    for column in range(step + lane, end, LANES):
-                        scale_of[warp, column], zero_of[warp, column] = scale, zero
-                    if lane == 0:
-                        scales[row, i // group_size], zeros[row, i // group_size] = scale, zero
+                if step == next_group:
+                    next_group = min(step + group_size, count)
+                    tile[warp, lane], tile[warp, lane + np.uint32(32)] = a, b
+                    tile[warp, lane + np.uint32(64)], tile[warp, lane + np.uint32(96)] = c, d
                     cuda.syncwarp()
-                w, scale, zero = weights[warp, step], scale_of[warp, step], zero_of[warp, step]
+                    scale, zero = find_grid_of_columns(
+                        tile, warp, step, next_group, importance, first, clips, sym, maxq, least_zero
+                    )
+                    cuda.syncwarp()  # all have read before the next group is written
+                    sa, za = within(scale, sa, lane, step, next_group), within(zero, za, lane, step, next_group)
+                    sb, zb = within(scale, sb, lane + 32, step, next_group), within(zero, zb, lane + 32, step, next_group)
+                    sc, zc = within(scale, sc, lane + 64, step, next_group), within(zero, zc, lane + 64, step, next_group)
+                    sd, zd = within(scale, sd, lane + 96, step, next_group), within(zero, zd, lane + 96, step, next_group)
+                    if lane == 0:
+                        scales[g], zeros[g] = scale, zero
+                    g += 1
+                ha, hb = Hinv[below] if in_a else ZERO, Hinv[below + np.uint32(32)] if in_b else ZERO
+                hc, hd = Hinv[below + np.uint32(64)] if in_c else ZERO, Hinv[below + np.uint32(96)] if in_d else ZERO
+                below += np.uint32(columns)
+                part, turn = step >> 5, step & 31
+                w = cuda.shfl_sync(ALL, pick(part, a, b, c, d), turn)
+                scale = cuda.shfl_sync(ALL, pick(part, sa, sb, sc, sd), turn)
+                zero = cuda.shfl_sync(ALL, pick(part, za, zb, zc, zd), turn)
+                diagonal = cuda.shfl_sync(ALL, pick(part, ha, hb, hc, hd), turn)
                 code = code_of(w, scale, zero, maxq)
-                err = (w - scale * (code - zero)) / Hinv[i, i]
+                err = (w - scale * (code - zero)) / diagonal
                 loss += err * err
-                for column in range(step + 1 + lane, count, LANES):
-                    weights[warp, column] -= err * Hinv[i, first + column]
-                if lane == 0:
-                    found[warp, step], errors[warp, step] = np.uint8(code), err
-                cuda.syncwarp()  # the next step reads a weight that another lane has just corrected
-            for column in range(lane, count, LANES):
-                codes[row, first + column], Err[row, column] = found[warp, column], errors[warp, column]
+                a, b, c, d = a - err * ha, b - err * hb, c - err * hc, d - err * hd
+                mine = lane == turn
+                a, za = (err, code) if mine and part == 0 else (a, za)
+                b, zb = (err, code) if mine and part == 1 else (b, zb)
+                c, zc = (err, code) if mine and part == 2 else (c, zc)
+                d, zd = (err, code) if mine and part == 3 else (d, zd)
+            out = np.uint32(row * B) + lane
+            if in_a:
+                codes[at], Err[out] = np.uint8(za), a
+            if in_b:
+                codes[at + np.uint32(32)], Err[out + np.uint32(32)] = np.uint8(zb), b
+            if in_c:
+                codes[at + np.uint32(64)], Err[out + np.uint32(64)] = np.uint8(zc), c
+            if in_d:
+                codes[at + np.uint32(96)], Err[out + np.uint32(96)] = np.uint8(zd), d
             if lane == 0:
                 losses[row] += np.float64(loss)
 
@@ -207,13 +255,14 @@ def quantize_columns(
     else:
         scales, zeros = (cp.ascontiguousarray(grid) for grid in static)
     search, rounding = _search(importance), _rounding(config)
+    flat, tables = [array.ravel() for array in (W, Hinv, codes, Err)], (scales.ravel(), zeros.ravel())
     in_block = group_size if static is None and group_size <= B else 0
     for first, end in block_bounds(columns, group_size if static is None else columns):
         if static is None and group_size > B and first % group_size == 0:
             _find_grids(W, search, scales, zeros, first // group_size, 1, group_size, rounding)
         block_kernel()(
-            -(-rows // WARPS), LANES * WARPS, stream, W, Hinv, codes, Err, losses, scales, zeros, column_groups, *search,
-            first, end - first, in_block, *rounding,
+            -(-rows // WARPS), LANES * WARPS, stream, *flat, losses, *tables, column_groups, *search,
+            columns, scales.shape[1], first, end - first, in_block, *rounding,
         )  # fmt: skip
         if end < columns:
             cublas().subtract_product(W, Err, Hinv, first, end, stream.ptr)
