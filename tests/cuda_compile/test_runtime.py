@@ -95,3 +95,19 @@ def test_a_plan_covers_all_of_y_and_k_and_fits(rows, columns, inner, multiproces
     assert (plan.grid[2] - 1) * plan.chunks_each < chunks <= plan.grid[2] * plan.chunks_each  # and no split is empty
     if plan.grid[2] > 1:  # splits wait for each other, so all blocks must be on the card at once
         assert plan.tiles * plan.grid[2] <= matmul.RESIDENT[plan.row_tiles] * multiprocessors
+
+
+@pytest.mark.parametrize("strips", [1, 9, 128, 344, 688])
+@pytest.mark.parametrize("inner", [32, 4096, 11008])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_a_plan_for_few_rows_can_be_launched(strips, inner, capability):
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
+    from tinygptq.kernels.cuda import matvec
+
+    for row_tiles, bits, group_size in ((1, 4, 128), (2, 4, 128), (1, 8, 32), (1, 3, 64)):
+        plan = matvec.plan(strips, inner, row_tiles, bits, group_size, 132, capability)
+        assert strips % plan.width == 0 and plan.warps % plan.width == 0
+        assert plan.split == 1 or capability >= (9, 0)
+        assert plan.split <= -(-inner // 128)  # no block of a cluster is without work
+        assert 4 * plan.warps * 8 * row_tiles * matvec.PITCH <= 48 << 10  # bytes of shared memory
+        assert 65536 // (32 * plan.warps * plan.resident) >= 77  # registers of a thread

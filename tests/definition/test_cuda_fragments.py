@@ -118,6 +118,9 @@ class NumpyBuilder:
     def lshr(self, a, b):
         return a >> lanes(b, np.uint32)
 
+    def shl(self, a, b):
+        return a << lanes(b, np.uint32)
+
     def and_(self, a, b):
         return a & lanes(b, np.uint32)
 
@@ -181,7 +184,7 @@ def test_the_instructions_of_a_run_give_its_product(bits, units, row_tiles, monk
     total, expected = [np.zeros(32, np.float32)] * (8 * row_tiles), np.zeros((8 * row_tiles, 32))
     for run in range(0, 4, units):
         span, part = range(run, run + units), slice(32 * run, 32 * (run + units))
-        tables = ([t[run, 4 * G + c] for c in range(4)] for t in (scales, zeros))
+        tables = ([t[run, 4 * G + c] for c in range(4)] for t in (scales, zeros / np.float32(products.UNIT)))
         total = products.emit_run(NumpyBuilder(), bits, span, row_tiles, total, lane_words(codes, bits), *tables, rows)
         expected += x[:, part].astype(np.float64) @ (scales[run] * (codes[part] - zeros[run].astype(np.float64)))
     for place, found in enumerate(total):
@@ -189,3 +192,46 @@ def test_the_instructions_of_a_run_give_its_product(bits, units, row_tiles, monk
         row, column = 8 * tile + 2 * T + i % 2, 4 * G + 2 * half + i // 2
         bound = 2e-6 * np.linalg.norm(expected[row], axis=1)
         assert (np.abs(found * products.UNIT - expected[row, column]) <= bound).all(), place
+
+
+def lossy_mma(builder, a, b, c):
+    """:func:`numpy_mma` with sums as a tensor core takes them: products, and C, cut off 24 bits below the largest exponent.
+
+    A subnormal's exponent is that of 2^-14, whatever its size. (Hopper seems to keep one bit more.)
+    """
+
+    def exponent(numbers, lowest):
+        return np.where(numbers == 0, lowest, np.maximum(np.frexp(numbers)[1] - 1, lowest))
+
+    a, b = (np.stack([lanes(r, np.uint32).view(np.float16).reshape(32, 2) for r in registers], 1) for registers in (a, b))
+    tile_a, tile_b = np.zeros((16, 16)), np.zeros((16, 8))
+    for half, upper in np.ndindex(2, 2):
+        k = 2 * T + 8 * upper + half
+        tile_a[G, k], tile_a[G + 8, k], tile_b[k, G] = a[:, 2 * upper, half], a[:, 2 * upper + 1, half], b[:, upper, half]
+    tile_c = np.zeros((16, 8))
+    for i in range(4):
+        tile_c[G + 8 * (i // 2), 2 * T + i % 2] = lanes(c[i], np.float64)
+    terms = np.concatenate([tile_a[:, :, None] * tile_b[None], tile_c[:, None]], 1)  # (16, 17, 8)
+    exponents = exponent(tile_a, -14)[:, :, None] + exponent(tile_b, -14)[None]
+    quantum = 2.0 ** (np.maximum(exponents.max(1), exponent(tile_c, -126)) - 24)
+    sums = (np.trunc(terms / quantum[:, None]) * quantum[:, None]).sum(1)
+    return [sums[G + 8 * (i // 2), 2 * T + i % 2].astype(np.float32) for i in range(4)]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_what_tensor_cores_drop_of_subnormals_is_little(bits, monkeypatch):
+    products = pytest.importorskip("tinygptq.kernels.cuda.products", exc_type=ImportError)
+    monkeypatch.setattr(products, "mma_assembly", lossy_mma)
+    rng = np.random.default_rng(bits)
+    codes, x = rng.integers(0, 1 << bits, (128, 32)), rng.standard_normal((8, 128)).astype(np.float16)
+    zero = np.full(32, 2.0 ** (bits - 1) / products.UNIT, np.float32)
+    rows = [r.copy() for u in range(4) for r in x[G[:, None], 32 * u + 8 * T[:, None] + np.arange(8)].view(np.uint32).T]
+    total, words = [np.zeros(32, np.float32)] * 8, lane_words(codes, bits)
+    total = products.emit_run(
+        NumpyBuilder(), bits, range(4), 1, total, words, [np.ones(32, np.float32)] * 4, [zero] * 4, rows
+    )
+    expected = x.astype(np.float64) @ (codes - 2.0 ** (bits - 1))
+    found = np.zeros((8, 32))
+    for place, values in enumerate(total):
+        found[2 * T + place % 2, 4 * G + place // 2] = values * products.UNIT
+    assert np.linalg.norm(found - expected) <= 5e-6 * np.linalg.norm(expected)

@@ -125,7 +125,8 @@ def multiply_rows(
             weights at once, so nothing that is still at work on the stream may write them.
     """
     row_tiles = 1 if x.shape[0] <= 8 else 2
-    plan = matvec.plan(layer.codes.shape[0], row_tiles, layer.bits, layer.group_size, multiprocessors(), capability())
+    shape = layer.codes.shape[0], x.shape[1], row_tiles
+    plan = matvec.plan(*shape, layer.bits, layer.group_size, multiprocessors(), capability())
     special = {"ragged": x.shape[1] % ROWS != 0, "wide_scales": layer.scales.dtype.itemsize == 4, "epilogue": epilogue}
     kernel = matvec.matvec_kernel(layer.bits, layer.group_size, layer.zero, row_tiles, plan, **special)
     grid = layer.codes.shape[0] // plan.width * plan.split

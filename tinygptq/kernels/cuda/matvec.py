@@ -1,18 +1,18 @@
 """1 to 16 rows of x: one decoded token, or a small batch, at the speed at which the weights can be read (8.0 and up).
 
-A block computes ``width`` strips of 32 columns; its warps share out the strips and the chunks (128 k) of K and add up their
-sums at the end, in shared memory and always in the same order. A lane gets the words of its codes with ``bits`` loads of 16
-bytes (:mod:`.layout`) and its part of x, which all blocks read and the caches hold, straight as mma's B. As in
-:mod:`.matmul` the product is computed transposed: W is A, so that 1 to 8 rows of x cost the same, and 9 to 16 one mma more
-for each. :mod:`.products` says how codes are multiplied.
+A block computes one or two strips of 32 columns; its warps share out the chunks (128 k) of K and add up their sums at the
+end, in shared memory and always in the same order. A lane gets the words of its codes with ``bits`` loads of 16 bytes
+(:mod:`.layout`) and its part of x, which all blocks read and the caches hold, straight as mma's B. As in :mod:`.matmul`
+the product is computed transposed: W is A, so that 1 to 8 rows of x cost the same, and 9 to 16 one mma more for each.
+:mod:`.products` says how codes are multiplied.
 
-What limits it is how soon and how many bytes are on their way. So weights are the first thing a warp asks for, before x,
-and where the kernel starts beside the one in front of it (``dependent``), before that one has ended.
+What limits it is how soon the first bytes are on their way, and how many at once. So weights are the first thing a warp
+asks for, before x, and, where the kernel begins beside the one in front of it (:mod:`.steps`), before that one has ended.
 """
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,12 +34,36 @@ PITCH = STRIP + 4  # floats between rows of the sums in shared memory: lanes of 
 NO_X = (np.uint32(0),) * 4
 
 
+class Epilogue(NamedTuple):
+    """What is done with the sums of one row and strip, by a whole warp: lane i has column ``32 * strip + i``, beyond N too.
+
+    Attributes:
+        read: device function ``(row, strip, lane, y, extra)`` -> what the end needs to know, a tuple of numbers; called
+            before the weights are multiplied, so that nobody waits for it then.
+        nothing: a tuple of the same types.
+        finish: device function ``(row, strip, lane, value, y, extra, known)``.
+    y and the tuple extra are arrays that the kernel was given for it.
+    """
+
+    read: Any
+    nothing: tuple
+    finish: Any
+
+
 @device_function
-def store(row, strip, lane, value, y, extra):
-    """The plain epilogue: ``y[row, 32 * strip + lane] = value``."""
+def _read_nothing(row, strip, lane, y, extra):
+    return (np.float32(0),)
+
+
+@device_function
+def _store(row, strip, lane, value, y, extra, known):
     column = STRIP * strip + lane
     if column < y.shape[1]:
         y[row, column] = value
+
+
+store = Epilogue(_read_nothing, (np.float32(0),), _store)
+"""The plain one: ``y[row, 32 * strip + lane] = value``."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +85,25 @@ class Plan:
     resident: int = 1
 
 
-def plan(strips: int, row_tiles: int, bits: int, group_size: int, multiprocessors: int, capability: tuple[int, int]) -> Plan:
-    """How to divide a product of so many strips, as measured on an H100: all blocks run at once where they fit.
+def plan(
+    strips: int,
+    inner: int,
+    row_tiles: int,
+    bits: int,
+    group_size: int,
+    multiprocessors: int,
+    capability: tuple[int, int],
+) -> Plan:
+    """How to divide a product of so many strips by ``inner`` rows of W, by what was fastest on an H100.
 
-    ``row_tiles`` as for :func:`matvec_kernel`. Asking for the next chunk early pays while its registers are to be had.
+    ``row_tiles``, ``bits`` and ``group_size`` as for :func:`matvec_kernel`. All blocks run at once where they fit; asking
+    early for the next chunk pays while there are registers for it.
     """
     each = -(-strips // multiprocessors)  # blocks of a multiprocessor
     if row_tiles == 2:
+        # x is read again by every block: for a long K that is more than the L2 gives, unless two strips share it
+        if each == 1 and inner >= 64 * CHUNK and strips % 2 == 0 and capability >= (9, 0):
+            return Plan(12, width=2, split=2)
         return Plan(8, ahead=True) if each == 1 else Plan(4, resident=4) if each <= 3 else Plan(8, resident=2)
     if each == 1 or bits == 8:
         return Plan(16, ahead=bits in (3, 4))
@@ -85,7 +121,7 @@ def matvec_kernel(
     *,
     ragged: bool = False,
     wide_scales: bool = False,
-    epilogue: Any = store,
+    epilogue: Epilogue = store,
 ):
     """The kernel ``(x, codes, scales, zeros, groups, y, extra)`` that hands the sums of ``x @ W`` to an epilogue.
 
@@ -95,8 +131,7 @@ def matvec_kernel(
         plan: its width divides the strips and its warps.
         ragged: K is no multiple of 128.
         wide_scales: the scales are float32.
-        epilogue: a device function ``(row, strip, lane, value, y, extra)``, called once for each row and strip by a whole
-            warp, lane i with the float32 sum of column ``32 * strip + i``, beyond N too; y and extra are the kernel's.
+        epilogue: gets the float32 sums, once for each row and strip.
 
     Shapes: x float16 [M, K] with columns in the order of the sorted rows; codes, scales and zeros those of a DeviceLinear,
     flat, as uint32; ``groups`` the second axis of the scales; y [M, N] and the tuple extra as the epilogue wants them.
@@ -110,6 +145,7 @@ def matvec_kernel(
     fetch_x = _x_reader(ragged, row_tiles)
     multiply_chunk = _chunk_product(bits, group_size, zero, row_tiles, wide_scales)
     finish = _finisher(rows, plan, epilogue)
+    read, nothing = epilogue.read, epilogue.nothing
     no_sums = (np.float32(0),) * rows
 
     @device_function
@@ -133,19 +169,23 @@ def matvec_kernel(
         words, scale, offset = fetch(codes, scales, zeros, codes_at, table, min(first, chunks - 1))
         begin_dependents()
         wait_for_dependencies()
+        item, known = warps * rank + warp, nothing
+        if item < width * x.shape[0]:  # the first that this warp will finish
+            known = read(item // width, width * tile + item % width, lane, y, extra)
         total = no_sums
         for chunk in range(first, last, step):
             rows_of_x = fetch_x(x, chunk, lane)
+            after = min(chunk + step, last - 1)
             if ahead:
-                w, s, o = fetch(codes, scales, zeros, codes_at, table, min(chunk + step, last - 1))
+                w, s, o = fetch(codes, scales, zeros, codes_at, table, after)
                 total = multiply_chunk(total, words, scale, offset, rows_of_x)
                 words, scale, offset = w, s, o
             else:
                 total = multiply_chunk(total, words, scale, offset, rows_of_x)
                 if chunk + step < last:
-                    words, scale, offset = fetch(codes, scales, zeros, codes_at, table, chunk + step)
+                    words, scale, offset = fetch(codes, scales, zeros, codes_at, table, after)
         leave(partial, (warp * rows + 2 * (lane & 3)) * PITCH + 4 * (lane >> 2), total)
-        finish(partial, tile, rank, x.shape[0], y, extra)
+        finish(partial, tile, rank, x.shape[0], y, extra, known)
 
     return Kernel(matvec, (32 * warps, plan.resident))
 
@@ -153,16 +193,20 @@ def matvec_kernel(
 def _finisher(rows, plan, epilogue):
     """Device function: add up what the warps (of all the cluster's blocks) left, and hand it to the epilogue."""
     warps, width, split, unit = plan.warps, plan.width, plan.split, np.float32(UNIT)
+    read, end = epilogue.read, epilogue.finish
 
     @device_function
-    def finish(partial, tile, rank, rows_of_x, y, extra):
+    def finish(partial, tile, rank, rows_of_x, y, extra, known):
         lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
         if split > 1:
             cluster_barrier()
         else:
             cuda.syncthreads()
-        for item in range(warps * rank + warp, width * rows_of_x, warps * split):
+        first = warps * rank + warp
+        for item in range(first, width * rows_of_x, warps * split):
             row, within = item // width, item % width
+            if item != first:
+                known = read(row, width * tile + within, lane, y, extra)
             result = np.float32(0)
             for block in range(split):
                 for w in range(warps // width):
@@ -171,7 +215,7 @@ def _finisher(rows, plan, epilogue):
                         result += load_shared_of(partial, at, np.int32(block))
                     else:
                         result += partial[np.uint32(at)]
-            epilogue(row, width * tile + within, lane, result * unit, y, extra)
+            end(row, width * tile + within, lane, result * unit, y, extra, known)
         if split > 1:
             cluster_barrier()  # a block's shared memory lives until all have read it
 
@@ -207,7 +251,7 @@ def _x_reader(ragged, row_tiles):
 
 def _chunk_product(bits, group_size, zero, row_tiles, wide_scales):
     """Device function: add one chunk of W^T x^T to a warp's sums, group by group."""
-    scales, zeros = scale_floats(wide_scales), zero_floats(bits, zero)
+    scales, zeros = scale_floats(wide_scales), zero_floats(bits, zero, 1 / UNIT)
     units = 4 if group_size % CHUNK == 0 else 2 if group_size % (CHUNK // 2) == 0 else 1  # that surely share a group
     first, second, third, fourth = (run_product(bits, i * units % 4, units, row_tiles) for i in range(4))
 

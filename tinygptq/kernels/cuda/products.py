@@ -2,14 +2,15 @@
 
 A code's bits are, read as an fp16 number, the subnormal ``code * 2^-24``; a code that stands ``offset`` bits higher is
 ``code * 2^offset * 2^-24``, as long as it stays within the 10 bits of the mantissa. So one ``and`` makes a half2 of two
-codes, with no exponent to put in and nothing to subtract. Tensor cores multiply subnormals exactly, and what the half2 lacks
-is made up for in float32::
+codes, with no exponent to put in and nothing to subtract. What the half2 lacks is made up for in float32::
 
-    sum of scale * (code - zero) * x  =  2^24 * scale * (sums[0] + sums[offset] * 2^-offset + ... - zero * ones)
+    sum of scale * (code - zero) * x  =  2^24 * scale * (sums[0] + sums[offset] * 2^-offset + ... - zero * 2^-24 * ones)
 
-where ``ones`` is the sum of ``2^-24 * x``, from an mma whose A is 2^-24 everywhere. Powers of two are exact; the caller
-multiplies by 2^24 once, at the very end. Codes and zero points are whole numbers up to 256 and x is fp16, so every product
-is exact, and only the sums are rounded, to float32.
+where ``ones`` is the sum of x, from an mma whose A is 1 everywhere. Powers of two are exact; the caller multiplies by 2^24
+once, at the very end. Each product of a code and a number in fp16 is exact; their sum is not, and less so than float32's:
+tensor cores line products up at the largest exponent among them and drop what falls below some 24 bits from there, and a
+subnormal has the exponent of 2^-14 whatever its size. A code at offset o so loses up to 10 - o of these bits, which leaves
+a relative error of some 1e-6 in a sum; ``code - zero`` as a normal fp16 number leaves 1e-7, for a quarter more work.
 """
 
 import functools
@@ -33,17 +34,18 @@ from tinygptq.kernels.cuda.ptx import (
 )
 
 UNIT = 2.0**24  # what sums have to be multiplied by at the end
+ONE = 0x3C003C00  # 1 in both halves
 NO_SUM = (ir.Constant(F32, 0.0),) * 4
 
 
 def offset_of(bits: int, unit: int, step: int) -> int:
     """How many bits above the lowest the codes of a unit's pairs ``2 * step`` and ``2 * step + 1`` are used.
 
-    Both pairs go into one mma and must agree; the fewest shifts bring them there. At most 10 - bits.
+    Both pairs go into one mma and must agree. At most 10 - bits; the more, the more exact, but never for a shift more.
     """
     if bits == 3 and unit == 3:
         return 6
-    return bits * step if bits < 8 else 0
+    return {2: 4 + 2 * step, 3: 3 * step, 4: 4 * step, 8: 0}[bits]
 
 
 @functools.cache
@@ -53,7 +55,7 @@ def run_product(bits: int, first: int, units: int, row_tiles: int):
     Args of the device function:
         total: 8 float32 for each 8 rows of x: C's registers of a strip's two column tiles, in units of 2^-24.
         words: a lane's ``4 * bits`` words of a chunk; word w of column c is words[4w + c].
-        scale, zero: of a lane's four columns, float32.
+        scale, zero: of a lane's four columns, float32; zero in units of 2^-24.
         x: for each 8 rows of x, B's registers of the chunk: 4 for each of four units.
     """
 
@@ -105,7 +107,7 @@ def emit_run(builder, bits, units, row_tiles, total, words, scale, zero, x):
                 (a0, a2), (a1, a3) = codes[2 * half : 2 * half + 2]
                 key = tile, half, offset_of(bits, unit, step)
                 sums[key] = mma_assembly(builder, (a0, a1, a2, a3), b, sums.get(key, NO_SUM))
-            ones[tile, step] = mma_assembly(builder, (I32(HALF_ONES),) * 4, b, ones.get((tile, step), NO_SUM))
+            ones[tile, step] = mma_assembly(builder, (I32(ONE),) * 4, b, ones.get((tile, step), NO_SUM))
     total = list(total)
     for tile, half, i in itertools.product(range(row_tiles), range(2), range(4)):
         column, place = 2 * half + i // 2, 8 * tile + 4 * half + i
@@ -123,7 +125,7 @@ def _codes(builder, words, column, bits, unit, pair):
         return _spread_codes(builder, words, column, offset)
     word, shift = words[4 * place[0] + column], place[1] - offset
     if shift:
-        word = builder.lshr(word, I32(shift))
+        word = builder.lshr(word, I32(shift)) if shift > 0 else builder.shl(word, I32(-shift))
     return builder.and_(word, I32(((1 << bits) - 1 << offset) * HALF_ONES))
 
 

@@ -95,16 +95,17 @@ def scale_floats(wide_scales):
     return decode
 
 
-def zero_floats(bits, zero):
-    """Device function that makes four float32 of zero points as they are in memory.
+def zero_floats(bits, zero, unit):
+    """Device function that makes four float32, in units of ``unit`` (a power of 2), of zero points as they are in memory.
 
     The bytes of 2^23 + z are 4B, 0, 0 and z (or 4B, 0 and two of z).
     """
-    constant, base, exponent = (np.float32(zero or 0),) * 4, np.float32(2**23), np.uint32(0x4B000000)
+    constant, base, exponent = (np.float32((zero or 0) * unit),) * 4, np.float32(2**23 * unit), np.uint32(0x4B000000)
+    factor = np.float32(unit)
 
     @device_function
     def number(word, selector):
-        return float_from_bits(pick_bytes(word, exponent, selector)) - base
+        return float_from_bits(pick_bytes(word, exponent, selector)) * factor - base
 
     @device_function
     def decode(z):
