@@ -6,11 +6,11 @@ k, of each of its rows: mma's sum over k may run in any order, if x is read in t
 """
 
 import functools
-from collections.abc import Callable
 
 import numpy as np
 
 from tinygptq.kernels.cuda.launch import Kernel
+from tinygptq.kernels.cuda.matvec import Epilogue
 from tinygptq.kernels.cuda.ptx import load_16_bytes, load_stream_pieces, mma
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.steps import begin_dependents, wait_for_dependencies
@@ -24,8 +24,8 @@ NO_SUM = (np.float32(0),) * 4
 
 
 @functools.cache
-def dense_kernel(row_tiles: int, epilogue: Callable) -> Kernel:
-    """The kernel ``(x, weight, y, extra)`` that hands ``x @ weight.T`` to an epilogue (see :mod:`.epilogues`).
+def dense_kernel(row_tiles: int, epilogue: Epilogue) -> Kernel:
+    """The kernel ``(x, weight, y, extra)`` that hands ``x @ weight.T`` to an epilogue.
 
     Args: row_tiles: 1 for up to 8 rows of x, 2 for up to 16.
 
@@ -35,6 +35,7 @@ def dense_kernel(row_tiles: int, epilogue: Callable) -> Kernel:
     rows = 8 * row_tiles
     partial_size = WARPS * rows * PITCH
     load = load_stream_pieces(1)
+    read, nothing, finish = epilogue
 
     @device_function
     def fetch(weight, first, second, third, fourth, k):
@@ -69,8 +70,11 @@ def dense_kernel(row_tiles: int, epilogue: Callable) -> Kernel:
         p, q, r, s = NO_SUM, NO_SUM, NO_SUM, NO_SUM
         start = min(STEP * warp, inner - STEP)
         ahead = fetch(weight, first, second, third, fourth, start)
-        wait_for_dependencies()
         begin_dependents()
+        wait_for_dependencies()
+        known = nothing
+        if warp < x.shape[0]:
+            known = read(warp, strip, lane, y, extra)
         for k in range(STEP * warp, inner, turn):
             w = ahead
             ahead = fetch(weight, first, second, third, fourth, min(k + turn, inner - STEP))
@@ -85,6 +89,8 @@ def dense_kernel(row_tiles: int, epilogue: Callable) -> Kernel:
             result = np.float32(0)
             for w in range(WARPS):
                 result += partial[np.uint32((w * rows + row) * PITCH + lane)]
-            epilogue(row, strip, lane, result, y, extra)
+            if row != warp:
+                known = read(row, strip, lane, y, extra)
+            finish(row, strip, lane, result, y, extra, known)
 
     return Kernel(dense_matvec, (32 * WARPS, 3))

@@ -9,104 +9,140 @@ multiplies its own sums by 1 / rms, which it can since a linear is linear::
 
 r_before keeps x within fp16's range, whatever the size of h; it divides out again. The definition is ops.rms_norm.
 
-An epilogue is called by a whole warp, ``epilogue(row, strip, lane, value, y, extra)``, lane i with the sum of column
-``32 * strip + i``; ``y`` and the tuple ``extra`` are the arrays given to the product.
+Each is an :class:`~.matvec.Epilogue`. What it reads, it reads before the weights are multiplied, and squares as they are:
+adding them up is left for the end, since a warp would have to wait for them.
 """
 
 import functools
 
 import numpy as np
 
+from tinygptq.kernels.cuda.matvec import Epilogue
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.tables import device_function
 from tinygptq.kernels.cuda.warps import ALL, warp_sum
 
 STRIP = 32
+ZERO, NOWHERE = np.float32(0), np.int32(0)
 
 
 @functools.cache
 def inverse_rms(features: int, eps: float):
-    """Device function ``(squares, row, lane)`` -> 1 / sqrt(mean square + eps) of a row; squares [R, strips]: strips' sums."""
-    share, small = np.float32(1 / features), np.float32(eps)
+    """Device functions of 1 / sqrt(mean square + eps) of a row, squares float32 [R, strips] being its strips' sums.
+
+    ``read(squares, row, lane)`` -> this lane's sums, ``inverse(sums)`` -> the number; and a tuple as ``read`` gives it.
+    """
+    strips, share, small = -(-features // STRIP), np.float32(1 / features), np.float32(eps)
+    turns = -(-strips // STRIP)
+    nothing = (ZERO,) * turns
 
     @device_function
-    def inverse(squares, row, lane):
-        total = np.float32(0)
-        for strip in range(lane, squares.shape[1], STRIP):
-            total += squares[row, strip]
+    def one(squares, row, strip):
+        return squares[row, strip] if strip < strips else ZERO
+
+    def reader(turn):
+        """Device function that reads the sums of turns 0 .. turn, so many numbers."""
+        before = reader(turn - 1) if turn else None
+        first = STRIP * turn
+
+        @device_function
+        def read(squares, row, lane):
+            if turn:
+                return before(squares, row, lane) + (one(squares, row, first + lane),)
+            return (one(squares, row, lane),)
+
+        return read
+
+    @device_function
+    def inverse(sums):
+        total = ZERO
+        for turn in range(turns):
+            total += sums[turn]
         return cuda.libdevice.rsqrtf(warp_sum(total) * share + small)
 
-    return inverse
+    return reader(turns - 1), inverse, nothing
 
 
 @functools.cache
-def normed(features: int, eps: float, biased: bool):
+def normed(features: int, eps: float, biased: bool) -> Epilogue:
     """``y = value * r / r_before + bias``: a linear that follows a norm of ``features`` numbers.
 
     y float32 [R, N]; extra: squares, squares_before [R, strips of the norm], bias float32 [N] (read if ``biased``).
     """
-    inverse = inverse_rms(features, eps)
+    read_squares, inverse, nothing = inverse_rms(features, eps)
 
     @device_function
-    def scale_by_norm(row, strip, lane, value, y, extra):
-        squares, squares_before, bias = extra
-        factor = inverse(squares, row, lane) / inverse(squares_before, row, lane)
+    def read(row, strip, lane, y, extra):
+        return read_squares(extra[0], row, lane), read_squares(extra[1], row, lane)
+
+    @device_function
+    def scale_by_norm(row, strip, lane, value, y, extra, known):
+        factor = inverse(known[0]) / inverse(known[1])
         column = STRIP * strip + lane
         if column < y.shape[1]:
             value *= factor
             if biased:
-                value += bias[column]
+                value += extra[2][column]
             y[row, column] = value
 
-    return scale_by_norm
+    return Epilogue(read, (nothing, nothing), scale_by_norm)
 
 
 @functools.cache
-def swiglu(features: int, eps: float, biased: bool):
+def swiglu(features: int, eps: float, biased: bool) -> Epilogue:
     """``z = silu(gate) * up``, gate in lanes 0-15 and up in lanes 16-31 of each strip, after a norm of ``features`` numbers.
 
     y is z, float16 [R, I]; extra: squares, squares_before, bias [2 I, columns as the product's], order int32 [I]: where
     each element of z goes, so that the next linear finds it in the order of its rows.
     """
-    inverse = inverse_rms(features, eps)
+    read_squares, inverse, nothing = inverse_rms(features, eps)
 
     @device_function
-    def silu_times_up(row, strip, lane, value, y, extra):
-        squares, squares_before, bias, order = extra
-        value *= inverse(squares, row, lane) / inverse(squares_before, row, lane)
-        if biased:
-            value += bias[STRIP * strip + lane]
-        up = cuda.shfl_down_sync(ALL, value, 16)
-        column = 16 * strip + lane
-        if lane < 16 and column < y.shape[1]:
-            y[row, order[column]] = value / (np.float32(1) + cuda.libdevice.fast_expf(-value)) * up
+    def read(row, strip, lane, y, extra):
+        place = extra[3][min(16 * strip + (lane & 15), y.shape[1] - 1)]
+        return read_squares(extra[0], row, lane), read_squares(extra[1], row, lane), place
 
-    return silu_times_up
+    @device_function
+    def silu_times_up(row, strip, lane, value, y, extra, known):
+        value *= inverse(known[0]) / inverse(known[1])
+        if biased:
+            value += extra[2][STRIP * strip + lane]
+        up = cuda.shfl_down_sync(ALL, value, 16)
+        if lane < 16 and 16 * strip + lane < y.shape[1]:
+            y[row, known[2]] = value / (np.float32(1) + cuda.libdevice.fast_expf(-value)) * up
+
+    return Epilogue(read, (nothing, nothing, NOWHERE), silu_times_up)
 
 
 @functools.cache
-def residual(features: int, eps: float, biased: bool):
+def residual(features: int, eps: float, biased: bool) -> Epilogue:
     """``h += value``, and the input of the norm that follows: see the module.
 
     y is h, float32 [R, C]; extra: squares_before (of h as it was), bias float32 [C], weight float32 [C] (the norm's), order
     int32 [C] (where each element of x goes), x float16 [R, C], squares [R, strips] (of the new h).
     """
-    inverse = inverse_rms(features, eps)
+    read_squares, inverse, nothing = inverse_rms(features, eps)
 
     @device_function
-    def add_to_stream(row, strip, lane, value, y, extra):
-        squares_before, bias, weight, order, x, squares = extra
-        factor = inverse(squares_before, row, lane)
+    def read(row, strip, lane, y, extra):
+        column = min(STRIP * strip + lane, y.shape[1] - 1)
+        return read_squares(extra[0], row, lane), y[row, column], extra[2][column], extra[3][column]
+
+    @device_function
+    def add_to_stream(row, strip, lane, value, y, extra, known):
+        sums, h, weight, place = known
+        factor = inverse(sums)
         column = STRIP * strip + lane
-        h = np.float32(0)
+        h += value
+        if biased:
+            h += extra[1][min(column, y.shape[1] - 1)]
         if column < y.shape[1]:
-            h = y[row, column] + value
-            if biased:
-                h += bias[column]
             y[row, column] = h
-            x[row, order[column]] = h * weight[column] * factor
+            extra[4][row, place] = h * weight * factor
+        else:
+            h = ZERO
         total = warp_sum(h * h)
         if lane == 0:
-            squares[row, strip] = total
+            extra[5][row, strip] = total
 
-    return add_to_stream
+    return Epilogue(read, (nothing, ZERO, ZERO, NOWHERE), add_to_stream)
