@@ -218,10 +218,23 @@ class Recipe:
     clip: each group's scale is searched for the smallest rounding error weighted by diag(H) (`gptq.grid.search_clip`).
     act_order: columns are quantised in descending order of diag(H) although groups stay contiguous in the file, on grids
     found beforehand from the uncorrected weights. (With desc_act, groups follow that order instead, as in the original.)
+    shrink: the share of H's off-diagonal entries that is taken away before anything else (`gptq.hessian.shrink`).
+    drift, residual: how much of the difference that quantising has already made to a linear's inputs, and to the residual
+    stream it writes to, its weights make up for (`gptq.drift`). refine: rounds of refitting scales and moving single codes
+    after GPTQ (`gptq.refine`).
     """
 
     clip: bool = False
     act_order: bool = False
+    shrink: float = 0.0
+    drift: float = 0.0
+    residual: float = 0.0
+    refine: int = 0
+
+    @property
+    def follows(self) -> bool:
+        """Whether the unquantised model runs beside the quantised one."""
+        return bool(self.drift or self.residual)
 
     @classmethod
     def from_meta(cls, meta: Any) -> Recipe | None:
@@ -229,10 +242,16 @@ class Recipe:
         stored = meta.get("recipe") if isinstance(meta, dict) else None
         if not isinstance(stored, dict):
             return None
-        return cls(**{field.name: bool(stored[field.name]) for field in fields(cls) if field.name in stored})
+        kinds = {field.name: type(field.default) for field in fields(cls)}
+        numbers = {name: value for name, value in stored.items() if name in kinds and isinstance(value, (bool, int, float))}
+        return cls(**{name: kinds[name](value) for name, value in numbers.items() if abs(value) <= LARGEST_NUMBER})
 
 
-RECIPES = {"plain": Recipe(), "fast": Recipe(clip=True, act_order=True)}
+RECIPES = {
+    "plain": Recipe(),
+    "fast": Recipe(clip=True, act_order=True, shrink=0.1),
+    "best": Recipe(clip=True, act_order=True, shrink=0.1, drift=0.5, residual=0.25, refine=2),
+}
 
 
 @dataclass(frozen=True)
@@ -270,6 +289,8 @@ class QuantizeConfig:
         for name in ("desc_act", "sym", "static_groups", "true_sequential"):
             if not isinstance(getattr(self, name), bool):
                 raise TinyGPTQError(f"{where}: {name} is {getattr(self, name)!r}, expected true or false")
+        if self.recipe.follows and not self.true_sequential:
+            raise TinyGPTQError(f"{where}: a recipe with drift or residual needs true_sequential; choose 'fast' or 'plain'")
         if self.checkpoint_format not in ("gptq", "gptq_v2"):
             raise TinyGPTQError(f"{where}: checkpoint_format {self.checkpoint_format!r} is not 'gptq' or 'gptq_v2'")
 

@@ -25,7 +25,9 @@ from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.export import QuantizedFolderWriter, require_packable
 from tinygptq.facts import calibration_facts, made_by
-from tinygptq.gptq import Hessian, Solution, prepare, round_to_nearest, solve
+from tinygptq.gptq import Hessian, Solution, drift, prepare, round_to_nearest, solve
+from tinygptq.gptq.hessian import shrink
+from tinygptq.gptq.refine import product, refine
 from tinygptq.hub import model_name, resolve
 from tinygptq.model import Llama
 from tinygptq.placement import Host, fast_model, packed, place_named
@@ -39,6 +41,7 @@ from tinygptq.quantize_report import (
     write_log,
 )
 from tinygptq.resume import Progress, fingerprint, unfinished_folder
+from tinygptq.stages import WRITERS, Activations, Teacher
 from tinygptq.weights import Weights
 from tinygptq.write_behind import WriteBehind
 
@@ -200,10 +203,14 @@ def quantize_blocks(
     place, blocks, dead = place or Host(), model.config.num_hidden_layers, DeadInputs()
     if hidden is None:
         hidden = [] if ids is None else place.embed(model, ids)  # each (B, T, C)
+    teacher = Teacher(model, ids, config.recipe, place, done) if ids is not None and config.recipe.follows else None
     with tqdm(total=7 * blocks, initial=7 * done, desc="quantise", unit="linear", disable=None) as bar:
         for layer in range(done, blocks):
             with place.block(model, layer):
-                for name, solution, report in _solve_block(model, layer, hidden if ids is not None else None, config, place):
+                if teacher is not None:
+                    teacher.enter(model, layer)
+                stream = hidden if ids is not None else None
+                for name, solution, report in _solve_block(model, layer, stream, config, place, teacher):
                     log.debug("%s", report)
                     bar.set_postfix_str(f"block {layer} {report.linear} loss {report.loss:.3g}")
                     bar.update()
@@ -214,11 +221,11 @@ def quantize_blocks(
     dead.sum_up()
 
 
-def _solve_block(model: Llama, layer: int, hidden: Any, config: QuantizeConfig, place: Host):
+def _solve_block(model: Llama, layer: int, hidden: Any, config: QuantizeConfig, place: Host, teacher: Teacher | None):
     if hidden is None:
         return _round_block(model, layer, config, place)
     if config.true_sequential:
-        return _solve_block_in_stages(model, layer, hidden, config, place)
+        return _solve_block_in_stages(model, layer, hidden, config, place, teacher)
     return _solve_block_at_once(model, layer, hidden, config, place)
 
 
@@ -227,22 +234,36 @@ def _round_block(model: Llama, layer: int, config: QuantizeConfig, place: Host):
         yield _replace(model, layer, name, config, lambda W, full: round_to_nearest(W, config, name=full), place)
 
 
-def _solve_block_in_stages(model: Llama, layer: int, hidden: Any, config: QuantizeConfig, place: Host):
+def _solve_block_in_stages(
+    model: Llama, layer: int, hidden: Any, config: QuantizeConfig, place: Host, teacher: Teacher | None
+):
     """True-sequential: each stage sees the quantised linears before it. ``hidden`` becomes the block's output, in place."""
     count, widths = len(hidden), {name: k for name, (k, _) in model.config.linear_shapes().items()}
-    inputs = Activations(place, count, lambda i: model.attention_input(layer, hidden[i]))
-    yield from _solve(model, layer, QKV, inputs, config, place)
-    room = place.room(widths["self_attn.o_proj"])
-    mixed = Activations(place, count, lambda i: model.attention_mix(layer, inputs[i]), room)
-    yield from _solve(model, layer, ("self_attn.o_proj",), mixed, config, place)
-    _add_to(hidden, model, layer, "self_attn.o_proj", mixed, place)
-    del mixed  # its memory, before the next stage needs some
-    stage = Activations(place, count, lambda i: model.mlp_input(layer, hidden[i]))
-    yield from _solve(model, layer, GATE_UP, stage, config, place)
-    mixed = Activations(place, count, lambda i: model.mlp_mix(layer, stage[i]), place.room(widths["mlp.down_proj"]))
-    yield from _solve(model, layer, ("mlp.down_proj",), mixed, config, place)
-    if layer + 1 < model.config.num_hidden_layers:  # nobody reads the last block's output
-        _add_to(hidden, model, layer, "mlp.down_proj", mixed, place)
+    last = layer + 1 == model.config.num_hidden_layers
+    halves = (
+        (QKV, "self_attn.o_proj", model.attention_input, model.attention_mix),
+        (GATE_UP, "mlp.down_proj", model.mlp_input, model.mlp_mix),
+    )
+    for readers, writer, begin, mix in halves:
+        inputs = Activations(place, count, lambda i, begin=begin: begin(layer, hidden[i]))
+        wanted = teacher and teacher.inputs(readers[0], None)
+        yield from _solve(model, layer, readers, inputs, config, place, _cross(teacher, readers[0], inputs, wanted, hidden))
+        room = place.room(widths[writer]) / (1 if teacher is None else 2)
+        mixed = Activations(place, count, lambda i, inputs=inputs, mix=mix: mix(layer, inputs[i]), room)
+        wanted = teacher and teacher.inputs(writer, wanted, room)
+        yield from _solve(model, layer, (writer,), mixed, config, place, _cross(teacher, writer, mixed, wanted, hidden))
+        if writer == "self_attn.o_proj" or not last:  # nobody reads the last block's output
+            _add_to(hidden, model, layer, writer, mixed, place)
+            if teacher is not None:
+                teacher.write(writer, wanted)
+        del mixed, wanted  # their memory, before the next stage needs some
+
+
+def _cross(teacher: Teacher | None, name: str, inputs: Activations, wanted: Activations | None, hidden: Any):
+    """What `_solve` takes: None, or how to get what the weights are to make up for."""
+    if teacher is None or wanted is None:
+        return None
+    return lambda: teacher.cross(name, inputs, wanted, hidden)
 
 
 def _solve_block_at_once(model: Llama, layer: int, hidden: Any, config: QuantizeConfig, place: Host):
@@ -268,31 +289,6 @@ def _stage_inputs(model: Llama, layer: int, h: np.ndarray) -> tuple[np.ndarray, 
     return attention, mixed, mlp, model.mlp_mix(layer, mlp)
 
 
-class Activations:
-    """One stage's activations, batch by batch: computed when first asked for, and kept as far as there is room.
-
-    Args:
-        compute: gives batch number i of ``count``. room: bytes that may be kept.
-    """
-
-    def __init__(self, place: Host, count: int, compute: Callable[[int], np.ndarray], room: float = 0) -> None:
-        self._count, self._compute, self._clock, self._room = count, compute, place.clock, room
-        self._kept: dict[int, np.ndarray] = {}
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        if i in self._kept:
-            return self._kept[i]
-        with self._clock("forward"):
-            x = self._compute(i)
-        if x.nbytes <= self._room:
-            self._room -= x.nbytes
-            self._kept[i] = x
-        return x
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[i] for i in range(self._count))
-
-
 def _add_to(hidden: Any, model: Llama, layer: int, name: str, inputs: Activations, place: Host) -> None:
     """Add what a linear makes of its inputs to the residual stream."""
     with place.clock("forward"):
@@ -316,17 +312,35 @@ def _of_block(layer: int) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------- one linear
 
 
-def _solve(model: Llama, layer: int, names: tuple[str, ...], inputs: Activations, config: QuantizeConfig, place: Host):
+def _solve(
+    model: Llama,
+    layer: int,
+    names: tuple[str, ...],
+    inputs: Activations,
+    config: QuantizeConfig,
+    place: Host,
+    cross: Callable[[], drift.Cross] | None = None,
+):
     """Solve the linears that share ``inputs``."""
     hessian = place.hessian(model.config.linear_shapes()[names[0]][0])
     for x in inputs:
         _add(hessian, x, layer, place)
-    yield from _solve_with(model, layer, names, hessian, config, place)
+    yield from _solve_with(model, layer, names, hessian, config, place, None if cross is None else cross().C)
 
 
-def _solve_with(model: Llama, layer: int, names: tuple[str, ...], hessian: Hessian, config: QuantizeConfig, place: Host):
+def _solve_with(
+    model: Llama,
+    layer: int,
+    names: tuple[str, ...],
+    hessian: Hessian,
+    config: QuantizeConfig,
+    place: Host,
+    cross: np.ndarray | None = None,
+):
     with place.clock("Hessian"), _of_block(layer):
-        H = hessian.H
+        full_H = hessian.H
+        H = shrink(full_H, config.recipe.shrink)
+        R = None if cross is None else drift.inverse(full_H)
     shared = f"model.layers.{layer}.{' '.join(names)}"
     with place.clock("Cholesky"):
         factor = prepare(H, config, method=place.solver, name=shared)
@@ -334,7 +348,10 @@ def _solve_with(model: Llama, layer: int, names: tuple[str, ...], hessian: Hessi
     for name in names:
 
         def solver(W: np.ndarray, full: str) -> Solution:
-            return solve(W, factor, config, method=place.solver, name=full)
+            if R is not None:
+                W = drift.target(W, cross if full.endswith(WRITERS) else product(W, cross), R)
+            solution = solve(W, factor, config, method=place.solver, name=full)
+            return refine(W, H, solution, factor, config) if config.recipe.refine else solution
 
         yield _replace(model, layer, name, config, solver, place, lambda W: rounding_loss(W, H, factor, config, place), dead)
 

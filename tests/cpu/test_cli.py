@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from helpers import random_llama_folder, save_byte_tokenizer
 
 from tinygptq import __version__
 from tinygptq.cli import main
+from tinygptq.config import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40  # a byte is a token: 1,800 of them
@@ -197,7 +199,7 @@ def test_every_option_of_quantize_arrives(tinygptq, tmp_path):
         "bits": 3, "group_size": -1, "desc_act": True, "sym": True, "static_groups": True, "damp_percent": 0.05,
         "true_sequential": False, "checkpoint_format": "gptq_v2",
     }  # fmt: skip
-    assert written["meta"]["recipe"] == {"clip": False, "act_order": False}
+    assert written["meta"]["recipe"] == asdict(RECIPES["plain"])
     code, _, err = tinygptq("quantize", out, tmp_path / "again", "--dataset", "text.txt")
     assert code == 2
     assert "is quantised already (3 bits)" in err

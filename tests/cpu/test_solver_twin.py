@@ -130,17 +130,17 @@ def test_scales_are_rounded_to_fp16_as_numpy_does(exponent: float, seed: int, wi
     scale = 2.0**exponent * np.random.default_rng(seed).random()
     scale = np.float64(scale) if wide else np.float32(scale)
     for down in (False, True):
-        assert solver_numba._as_stored(scale, down) == grid._as_stored(scale, down)
+        assert solver_numba._as_stored(scale, down) == grid.as_stored(scale, down)
     with np.errstate(over="ignore"):
-        assert grid._as_stored(scale) == max(float(np.float16(scale)), 2.0**-24)
-    assert grid._as_stored(scale, True) <= max(scale, 2.0**-24) or scale >= 65520  # beyond fp16: inf
+        assert grid.as_stored(scale) == max(float(np.float16(scale)), 2.0**-24)
+    assert grid.as_stored(scale, True) <= max(scale, 2.0**-24) or scale >= 65520  # beyond fp16: inf
 
 
 @pytest.mark.parametrize("value", [65504.0, 65519.99, 65520.0, 2.0**-14, 2.0**-24 * 1.5, 2.0**-24 * 2.5, 1 + 2.0**-11])
 def test_scales_at_the_edges_of_fp16(value: float) -> None:
     with np.errstate(over="ignore"):
         assert solver_numba._as_stored(value, False) == float(np.float16(value))
-    assert solver_numba._as_stored(value, True) == grid._as_stored(np.float64(value), True)
+    assert solver_numba._as_stored(value, True) == grid.as_stored(np.float64(value), True)
 
 
 @pytest.mark.parametrize("storage", ["gptq", "gptq_v2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -235,7 +236,10 @@ def test_quantize_config_spellings(raw, expected):
 def test_the_recipe_is_no_field_of_the_file_but_a_remark_in_meta():
     assert QuantizeConfig().recipe == RECIPES["fast"]
     assert "recipe" not in QuantizeConfig().to_dict()
-    for said, expected in (({"clip": True}, Recipe(clip=True)), ({}, RECIPES["plain"]), ({"later": 1}, RECIPES["plain"])):
+    for recipe in RECIPES.values():
+        assert QuantizeConfig.from_dict({"bits": 4, "meta": {"recipe": asdict(recipe)}}).recipe == recipe
+    odd = {"clip": True, "later": 1, "shrink": "much", "drift": float("nan"), "refine": 10**400}
+    for said, expected in ((odd, Recipe(clip=True)), ({}, RECIPES["plain"]), ({"later": 1}, RECIPES["plain"])):
         assert QuantizeConfig.from_dict({"bits": 4, "meta": {"recipe": said}}).recipe == expected
     for said in ("fast", None, 3, [True]):
         assert QuantizeConfig.from_dict({"bits": 4, "meta": {"recipe": said}}) == QuantizeConfig()

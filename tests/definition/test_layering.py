@@ -20,7 +20,7 @@ LAYERS = (
     ("checkpoint", "export", "kernels", "sizes", "shards", "tensor_folder", "gptq_configs", "gptq_files"),
     ("kvcache", "model"),
     ("engine", "cuda", "generate", "sampling"),
-    ("calibrate", "quantization", "quantize_report", "placement", "placement_cuda", "write_behind", "resume", "evaluate",
+    ("calibrate", "quantization", "quantize_report", "placement", "placement_cuda", "stages", "write_behind", "resume", "evaluate",
      "language_model", "demo", "facts", "hub", "convert",
      "weight_diff", "card", "publish", "loaders", "inspect_folder",
      "shared_prefix", "scoring", "text_generation", "harness", "harness_run", "benchmarks",

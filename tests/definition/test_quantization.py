@@ -11,9 +11,11 @@ from helpers import random_llama_folder
 
 from tinygptq import ops, placement
 from tinygptq.checkpoint import Checkpoint, load_checkpoint
-from tinygptq.config import RECIPES, QuantizeConfig
+from tinygptq.config import RECIPES, QuantizeConfig, Recipe
 from tinygptq.errors import TinyGPTQError
-from tinygptq.gptq import Hessian, Solution, round_to_nearest, solve
+from tinygptq.gptq import Hessian, Solution, drift, prepare, round_to_nearest, solve
+from tinygptq.gptq.hessian import shrink
+from tinygptq.gptq.refine import refine
 from tinygptq.model import Llama
 from tinygptq.quantization import LinearReport, packed, quantize_blocks
 from tinygptq.weights import Weights
@@ -55,6 +57,29 @@ def input_of(model: Llama, name: str) -> np.ndarray:
     return x
 
 
+def target_of(teacher: Llama, model: Llama, name: str, H: np.ndarray, config: QuantizeConfig) -> np.ndarray:
+    """The weights that `gptq.drift` has quantised in place of the teacher's, from forward passes of both models."""
+    W = np.asarray(teacher.weights.linears[name].weight, np.float32)
+    x, wanted = input_of(model, name), input_of(teacher, name)
+    E = config.recipe.drift * (wanted - x) @ W.T
+    if name.endswith(("o_proj", "down_proj")):
+        E += config.recipe.residual * (residual_at(teacher, name) - residual_at(model, name))
+    cross = drift.Cross()
+    cross.add(E, x)
+    return drift.target(W, cross.C, drift.inverse(H))
+
+
+def residual_at(model: Llama, name: str) -> np.ndarray:
+    """The residual stream that the linear ``name`` adds to, [samples, T, C]."""
+    layer, h = int(name.split(".")[2]), model.embed(IDS)
+    for earlier in range(layer):
+        h = model.block(earlier, h)
+    if name.endswith("down_proj"):
+        mixed = model.attention_mix(layer, model.attention_input(layer, h))
+        h = h + model.linear(layer, "self_attn.o_proj", mixed)
+    return h
+
+
 def plain_loop(source: Checkpoint, config: QuantizeConfig, taken: dict[str, Solution]) -> dict[str, Solution]:
     """No activation is kept: each linear's input comes from a forward pass of its own.
 
@@ -66,10 +91,17 @@ def plain_loop(source: Checkpoint, config: QuantizeConfig, taken: dict[str, Solu
         prefix, found = f"model.layers.{layer}", {}
         for stage in STAGES:
             for name in stage:
-                hessian = Hessian(model.weights.linears[f"{prefix}.{name}"].in_features)
-                hessian.add(input_of(model, f"{prefix}.{name}"))
-                W = np.asarray(source.weights.linears[f"{prefix}.{name}"].weight, np.float32)
-                found[f"{prefix}.{name}"] = solve(W, hessian.H, config, method="definition")
+                full = f"{prefix}.{name}"
+                hessian = Hessian(model.weights.linears[full].in_features)
+                hessian.add(input_of(model, full))
+                W = np.asarray(source.weights.linears[full].weight, np.float32)
+                if config.recipe.follows:
+                    W = target_of(model_of(source), model, full, hessian.H, config)
+                H = shrink(hessian.H, config.recipe.shrink)
+                factor = prepare(H, config, method="definition")
+                found[full] = solve(W, factor, config, method="definition")
+                if config.recipe.refine:
+                    found[full] = refine(W, H, found[full], factor, config, method="definition")
             if config.true_sequential:
                 model.weights.linears.update({name: packed(taken[name], config) for name in found})
         model.weights.linears.update({name: packed(taken[name], config) for name in found})
@@ -86,8 +118,13 @@ def run(source: Checkpoint, config: QuantizeConfig, ids=IDS) -> tuple[Llama, dic
 
 @pytest.mark.parametrize(
     "config",
-    [QuantizeConfig(4, 32, desc_act=True), QuantizeConfig(3, 64, sym=False, true_sequential=False)],
-    ids=["true-sequential", "a block at once"],
+    [
+        QuantizeConfig(4, 32, desc_act=True),
+        QuantizeConfig(3, 64, sym=False, true_sequential=False),
+        QuantizeConfig(4, 32, recipe=RECIPES["best"]),
+        QuantizeConfig(3, 64, sym=False, desc_act=True, recipe=Recipe(drift=1.0, residual=0.5)),
+    ],
+    ids=["true-sequential", "a block at once", "best", "drift alone"],
 )
 def test_each_linear_is_calibrated_on_what_its_quantised_predecessors_give(source, config):
     _, found, _ = run(source, config)

@@ -49,14 +49,14 @@ def find_grid(W: np.ndarray, bits: int, sym: bool, storage: str = "gptq") -> tup
         xmin = -xmax
     empty = xmin == xmax
     xmin, xmax = xp.where(empty, -1, xmin).astype(W.dtype), xp.where(empty, 1, xmax).astype(W.dtype)
-    scale = _as_stored((xmax - xmin) / maxq, down=sym)
+    scale = as_stored((xmax - xmin) / maxq, down=sym)
     if sym:
         zero = xp.full_like(scale, 2 ** (bits - 1))
     else:
         zero = xp.clip(xp.rint(-xmin / scale), 0, maxq)
         if storage == "gptq":
             low = zero < 1
-            scale = xp.where(low, _as_stored(xmax / (maxq - 1)), scale)
+            scale = xp.where(low, as_stored(xmax / (maxq - 1)), scale)
             zero = xp.where(low, 1, zero).astype(W.dtype)
     if not xp.isfinite(scale).all():
         raise TinyGPTQError(OVERFLOW)
@@ -84,14 +84,14 @@ def search_clip(
     xp = array_module(W)
     best, least = scale, xp.full(len(W), np.inf, W.dtype)
     for clip in CLIPS:
-        tried = scale if clip == 1 else _as_stored(scale * W.dtype.type(clip))
+        tried = scale if clip == 1 else as_stored(scale * W.dtype.type(clip))
         error = W - dequantize(quantize(W, tried[:, None], zero[:, None], maxq), tried[:, None], zero[:, None])
         loss = (error * error) @ importance  # (rows,)
         best, least = xp.where(loss < least, tried, best), xp.minimum(loss, least)
     return best
 
 
-def _as_stored(scale: np.ndarray, down: bool = False) -> np.ndarray:
+def as_stored(scale: np.ndarray, down: bool = False) -> np.ndarray:
     """Round to fp16 (to nearest, ties to even; or down) and back; too large gives inf, too small 2^-24."""
     xp = array_module(scale)
     with np.errstate(over="ignore"):

@@ -269,7 +269,7 @@ def _search_clip(W, importance, clips, scale, zero, maxq):
 
 @njit(cache=True, error_model="numpy")
 def _as_stored(scale, down):
-    """`grid._as_stored` for one number: Numba has no fp16, so round to its 11 significant bits, or to multiples of 2^-24."""
+    """`grid.as_stored` for one number: Numba has no fp16, so round to its 11 significant bits, or to multiples of 2^-24."""
     exponent = math.frexp(scale)[1]
     step = math.ldexp(1.0, max(exponent - 11, -24))
     steps = np.float64(scale) / step
