@@ -1,4 +1,6 @@
-"""Tables of bytes, computed when the site is built as `tinygptq size` does: by tinygptq.sizes, from configurations alone."""
+"""Tables of bytes, computed when the site is built as `tinygptq size` does, from configurations alone: files by
+tinygptq.sizes, a GPU's memory by tinygptq.cuda.memory.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,13 @@ from functools import cache
 
 from tinygptq.branches import BRANCHES
 from tinygptq.config import LlamaConfig, QuantizeConfig
+from tinygptq.cuda.memory import predict
 from tinygptq.sizes import sizes
 
 CARDS = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GB, decimal, as cards are sold
-SPARE = 1.0  # GB beside weights and cache: the CUDA context, activations, workspaces
+SPARE = 0.6  # GB for what the prediction leaves out: the CUDA context and the compiled kernels
 CONTEXT = 4096  # tokens of one conversation
+LONGEST = 131072  # tokens, beyond which the table of cards does not look
 
 # name: hidden, intermediate, layers, heads, key-value heads, vocabulary, tied; from the models' published config.json
 SHAPES = {
@@ -37,13 +41,9 @@ def model(name: str) -> LlamaConfig:
     return LlamaConfig.from_dict({"model_type": "llama", **dict(zip(names, SHAPES[name], strict=True))})
 
 
-def weights_gb(name: str, quantization: QuantizeConfig | None) -> float:
-    return sizes(model(name), quantization).weights / 1e9
-
-
-def cache_gb(name: str) -> float:
-    """Keys and values of CONTEXT tokens in fp16: half of what ``tinygptq size`` says, which counts the CPU's float32."""
-    return sizes(model(name), None).kv_per_1000_tokens * CONTEXT / 1000 / 2 / 1e9
+def on_gpu(name: str, setting: QuantizeConfig | None, context: int = CONTEXT, cache_bits: int = 16) -> float:
+    """GB that an engine for a model takes: weights, cache, activations, workspaces."""
+    return predict(model(name), setting, context, cache_bits=cache_bits).total / 1e9
 
 
 def smallest_card(gb: float) -> str:
@@ -51,38 +51,49 @@ def smallest_card(gb: float) -> str:
 
 
 def small_gpus() -> str:
-    """Weights and cache of each model, and the smallest card that holds them."""
-    settings = {"4-bit, groups of 128": QuantizeConfig(4, 128), "3-bit, groups of 128": QuantizeConfig(3, 128), "fp16": None}
-    lines = ["| model | " + " | ".join(settings) + f" | cache, {CONTEXT:,} tokens | smallest card at 4 bits | smallest card in fp16 |"]
-    lines.append("|---|" + "--:|" * (len(settings) + 1) + "---|---|")
+    """File and device memory of each model, and the smallest card that holds it."""
+    four, eight = QuantizeConfig(4, 128), QuantizeConfig(8, 128)
+    lines = [
+        "| model | file, 4 bits | on a GPU, 4 bits | the same, 8-bit cache | smallest card at 4 bits | at 8 bits | in fp16 |"
+    ]
+    lines.append("|---|--:|--:|--:|---|---|---|")
     for name in SHAPES:
-        found = [weights_gb(name, setting) for setting in settings.values()]
-        kv = cache_gb(name)
-        cells = [
-            *(f"{gb:.2f} GB" for gb in found),
-            f"{kv:.2f} GB",
-            smallest_card(found[0] + kv),
-            smallest_card(found[-1] + kv),
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        sizes_gb = sizes(model(name), four).file / 1e9, on_gpu(name, four), on_gpu(name, four, cache_bits=8)
+        cards = (smallest_card(on_gpu(name, setting)) for setting in (four, eight, None))
+        lines.append(f"| {name} | " + " | ".join([*(f"{gb:.2f} GB" for gb in sizes_gb), *cards]) + " |")
     return "\n".join(lines)
 
 
 def what_a_card_holds() -> str:
-    """For common cards, the largest model at 4 bits and the tokens of context that then fit."""
-    lines = ["| card | largest model at 4 bits | tokens of cache in what is left | at 8 bits |", "|---|---|--:|---|"]
+    """For common cards, the largest model at 4 bits and the context that then fits."""
+    four = QuantizeConfig(4, 128)
+    lines = ["| card | largest model at 4 bits | context, 16-bit cache | context, 8-bit cache | largest model at 8 bits |"]
+    lines.append("|---|---|--:|--:|---|")
     for card in (4, 6, 8, 12, 16, 24, 48, 80):
-        four, eight = _largest(card, QuantizeConfig(4, 128)), _largest(card, QuantizeConfig(8, 128))
-        left = card - SPARE - weights_gb(four, QuantizeConfig(4, 128))
-        tokens = int(left / (cache_gb(four) / CONTEXT)) // 1000 * 1000
-        lines.append(f"| {card} GB | {four} | {tokens:,} | {eight} |")
+        name = _largest(card, four)
+        cells = [
+            f"{card} GB",
+            name,
+            _context(card, name, 16),
+            _context(card, name, 8),
+            _largest(card, QuantizeConfig(8, 128)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _largest(card: float, setting: QuantizeConfig) -> str:
     """The model of most bytes that fits with SPARE and a cache of CONTEXT tokens."""
-    fitting = [name for name in SHAPES if weights_gb(name, setting) + cache_gb(name) + SPARE <= card]
-    return max(fitting, key=lambda name: weights_gb(name, setting))
+    fitting = [name for name in SHAPES if on_gpu(name, setting) + SPARE <= card]
+    return max(fitting, key=lambda name: sizes(model(name), setting).weights)
+
+
+def _context(card: float, name: str, cache_bits: int) -> str:
+    """Tokens of room, in whole thousands, at 4 bits."""
+    tokens = CONTEXT
+    while tokens < LONGEST and on_gpu(name, QuantizeConfig(4, 128), tokens + 1024, cache_bits) + SPARE <= card:
+        tokens += 1024
+    return f"{tokens // 1000 * 1000:,}" if tokens < LONGEST else f"over {LONGEST // 1000 * 1000:,}"
 
 
 def branches() -> str:
