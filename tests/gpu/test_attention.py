@@ -84,9 +84,9 @@ def test_a_prompt(heads, groups, dim, tokens, start):
     rotate, tables = rows.rotate_kernel(heads, groups, dim, 16), (cp.asarray(cos), cp.asarray(sin))
     device = cp.asarray(qkv)
     if start:
-        rotate(start, 64, stream, device[:start].copy(), *tables, 0, 1, cache)
+        rotate((start, groups), 64, stream, device[:start].copy(), *tables, 0, 1, cache)
     new = device[start:].copy()
-    rotate(tokens, 64, stream, new, *tables, start, 1, cache)
+    rotate((tokens, groups), 64, stream, new, *tables, start, 1, cache)
     order = rng.permutation(heads * dim).astype(np.int32)
     out = cp.full((tokens, heads * dim), np.nan, np.float16)
     kernel = pa.prefill_attention_kernel(heads, groups, dim, width)

@@ -25,7 +25,6 @@ from tinygptq.kernels.cuda.runtime import capability, cupy, multiprocessors
 
 DEPENDENT_LAUNCH = (9, 0)  # first capability on which a kernel may begin before the last one has ended
 STRIP = 32  # columns of an epilogue's call
-MOST_SPLITS = 32
 
 
 class DecodeStep:
@@ -144,7 +143,7 @@ def multiply(product: Product, x: Any, epilogue: Any, y: Any, extra: tuple, stre
 
 def splits_of(tiles: int, multiprocessors: int) -> int:
     """Blocks among which a sequence's tokens are divided: about two for each multiprocessor in all."""
-    return min(MOST_SPLITS, max(1, -(-2 * multiprocessors // tiles)))
+    return min(decode_attention.MOST_SPLITS, max(1, -(-2 * multiprocessors // tiles)))
 
 
 def orders_of(weights: DeviceWeights) -> list[dict[str, Any]]:

@@ -59,26 +59,28 @@ class Prefill:
         with self.stream:
             self.at.h[: len(ids)] = self.weights.embedding[cupy().asarray(ids)]
         first = self.weights.blocks[0].input_norm
-        self._norm(len(ids), first, self.orders[0]["qkv"], add=False)
+        self._norm(len(ids), first, self.orders[0]["qkv"], self.weights.blocks[0].qkv, add=False)
 
     def _block(self, layer: int, tokens: int, start: int, row: int, cos: Any, sin: Any) -> None:
         config, block, order, stream = self.config, self.weights.blocks[layer], self.orders[layer], self.stream
         qkv = self._linear(self.at.x[:tokens], block.qkv, self.at.wide, qkv_width(config))
         cache = tuple(array[layer] for array in self.cache)
-        self.rotate(tokens, 64, stream, qkv, cos, sin, start, row, cache)
+        self.rotate((tokens, config.num_key_value_heads), 64, stream, qkv, cos, sin, start, row, cache)
         keys, values = self._keys_values(cache, row, start + tokens)
         mixed = self._rows(self.at.z, tokens, config.num_attention_heads * config.head_dim)
         grid = -(-tokens // QUERIES), config.num_attention_heads
         self.attention(grid, THREADS, stream, qkv, keys, values, start, order["o"], mixed)
         self._linear(mixed, block.o, self.at.y, config.hidden_size)
-        self._norm(tokens, block.post_norm, order["gate_up"])
+        self._norm(tokens, block.post_norm, order["gate_up"], block.gate_up)
         gate_up = self._linear(self.at.x[:tokens], block.gate_up, self.at.wide, 2 * config.intermediate_size)
         z = self._rows(self.at.z, tokens, config.intermediate_size)
-        rows.swiglu((-(-z.shape[1] // rows.THREADS), tokens), rows.THREADS, stream, gate_up, order["down"], z)
+        kernel, grid = rows.swiglu_kernel(block.down.perm is None), (-(-z.shape[1] // (8 * rows.THREADS)), tokens)
+        kernel(grid, rows.THREADS, stream, gate_up, order["down"], z)
         self._linear(z, block.down, self.at.y, config.hidden_size)
         last = layer + 1 == config.num_hidden_layers
-        norm = self.weights.norm if last else self.weights.blocks[layer + 1].input_norm
-        self._norm(tokens, norm, self.orders[layer + 1]["qkv"])
+        after = None if last else self.weights.blocks[layer + 1]
+        norm, following = (after.input_norm, after.qkv) if after else (self.weights.norm, self.weights.head)
+        self._norm(tokens, norm, self.orders[layer + 1]["qkv"], following)
 
     def _keys_values(self, cache: tuple, row: int, tokens: int) -> tuple[Any, Any]:
         """One sequence's keys and values of one layer as fp16 [groups, capacity, width]."""
@@ -92,9 +94,11 @@ class Prefill:
             expand_kernel((tokens, len(keys[row])), 32, self.stream, array[row], part, out)
         return expanded
 
-    def _norm(self, tokens: int, weight: Any, order: Any, add: bool = True) -> None:
-        kernel = rows.add_norm_kernel(self.config.hidden_size, self.config.rms_norm_eps, add)
-        kernel(tokens, rows.THREADS, self.stream, self.at.h[:tokens], self.at.y[:tokens], weight, order, self.at.x[:tokens])
+    def _norm(self, tokens: int, weight: Any, order: Any, following: Product, add: bool = True) -> None:
+        """Add y to the residual stream, and norm it for the product that follows."""
+        config, at = self.config, self.at
+        kernel = rows.add_norm_kernel(config.hidden_size, config.rms_norm_eps, add, following.perm is None)
+        kernel(tokens, rows.THREADS, self.stream, at.h[:tokens], at.y[:tokens], weight, order, at.x[:tokens])
 
     def _linear(self, x: Any, product: Product, buffer: Any, width: int) -> Any:
         out = self._rows(buffer, len(x), width)

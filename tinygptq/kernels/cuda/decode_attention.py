@@ -39,6 +39,7 @@ THREADS = 32 * WARPS
 PIECE = 256  # tokens whose scores are in shared memory at once
 PITCH = PIECE + 4  # floats between heads' scores: the lanes of a warp fall on different banks
 MOST_HEADS = 8  # of a tile: mma's columns
+MOST_SPLITS = 32  # one for each lane of the warp that joins them
 NO_SUM = (np.float32(0),) * 4
 LOWEST = np.float32(-1e30)  # where no token has been seen; its exp2 against any score is 0
 LOG2_E = 1 / math.log(2)
@@ -80,6 +81,7 @@ def decode_attention_kernel(heads: int, groups: int, dim: int, cache_bits: int) 
     scale = np.float32(LOG2_E / math.sqrt(dim))
     partial_size = WARPS * at_once * each * width
     query_words, score_size, running_size = MOST_HEADS * width // 2, each * PITCH, 3 * each
+    share_size = each * MOST_SPLITS
     load_values, scale_of = cache_reader(cache_bits)
     write_cache = cache_writer(cache_bits, dim)
     multiply_step, step = query_step(cache_bits)
@@ -87,9 +89,10 @@ def decode_attention_kernel(heads: int, groups: int, dim: int, cache_bits: int) 
     @device_function
     def rotate_queries(query, qkv, cos, sin, row, tile, position):
         """The tile's queries, rotated and scaled, as fp16 pairs: word d/2 of head h holds dimensions d and d + 1."""
-        for i in range(cuda.threadIdx.x, query_words, THREADS):
-            query[i] = np.uint32(0)
-        cuda.syncthreads()
+        if width != dim:  # what pads a query meets the cache's zeros, and must be a number; other columns never meet
+            for i in range(cuda.threadIdx.x, query_words, THREADS):
+                query[i] = np.uint32(0)
+            cuda.syncthreads()
         for i in range(cuda.threadIdx.x, each * (half // 2), THREADS):
             head, d = i // (half // 2), i % (half // 2) * 2
             first = (tile * each + head) * dim + d
@@ -194,30 +197,34 @@ def decode_attention_kernel(heads: int, groups: int, dim: int, cache_bits: int) 
             sums[place, cuda.blockIdx.y, cuda.threadIdx.x, width + 1] = running[3 * cuda.threadIdx.x + 1]
 
     @device_function
-    def join(sums, place, order, out, row, tile):
-        """All splits of the tile together, four dimensions a thread."""
-        for i in range(cuda.threadIdx.x, each * (dim // 4), THREADS):
+    def join(sums, place, order, out, row, tile, shares, partial):
+        """All splits of the tile together: their shares, one warp a head; their sums, every fourth split a warp's."""
+        lane, warp, splits, pitch = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.gridDim.y, width + 4
+        for head in range(warp, each, WARPS):
+            largest, total = LOWEST, np.float32(0)
+            if lane < splits:
+                facts = load_16_bytes(sums, ((place * splits + lane) * each + head) * pitch + width)
+                largest, total = float_from_bits(facts[0]), float_from_bits(facts[1])
+            share = cuda.libdevice.exp2f(largest - warp_max(largest))
+            whole = warp_sum(share * total)
+            shares[head * MOST_SPLITS + lane] = share / whole
+        cuda.syncthreads()
+        for i in range(lane, each * (dim // 4), 32):
             head, d = i // (dim // 4), i % (dim // 4) * 4
-            largest = LOWEST
-            pitch = width + 4
-            for split in range(cuda.gridDim.y):
-                at = ((place * cuda.gridDim.y + split) * each + head) * pitch
-                largest = max(largest, float_from_bits(load_16_bytes(sums, at + width)[0]))
-            a, b, c, e, whole = np.float32(0), np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for split in range(cuda.gridDim.y):
-                at = ((place * cuda.gridDim.y + split) * each + head) * pitch
-                facts, v = load_16_bytes(sums, at + width), load_16_bytes(sums, at + d)
-                share = cuda.libdevice.exp2f(float_from_bits(facts[0]) - largest)
-                whole += share * float_from_bits(facts[1])
+            a, b, c, e = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for split in range(warp, splits, WARPS):
+                v = load_16_bytes(sums, ((place * splits + split) * each + head) * pitch + d)
+                share = shares[head * MOST_SPLITS + split]
                 a += share * float_from_bits(v[0])
                 b += share * float_from_bits(v[1])
                 c += share * float_from_bits(v[2])
                 e += share * float_from_bits(v[3])
-            first = (tile * each + head) * dim + d
-            out[row, order[first]] = a / whole
-            out[row, order[first + 1]] = b / whole
-            out[row, order[first + 2]] = c / whole
-            out[row, order[first + 3]] = e / whole
+            at = (warp * each + head) * dim + d
+            partial[at], partial[at + 1], partial[at + 2], partial[at + 3] = a, b, c, e
+        cuda.syncthreads()
+        for i in range(cuda.threadIdx.x, each * dim, THREADS):
+            total = partial[i] + partial[each * dim + i] + partial[2 * each * dim + i] + partial[3 * each * dim + i]
+            out[row, order[tile * each * dim + i]] = total
 
     def decode_attention(qkv, cos, sin, positions, cache, order, sums, arrived, out):
         keys, values, key_scales, value_scales = cache
@@ -225,12 +232,13 @@ def decode_attention_kernel(heads: int, groups: int, dim: int, cache_bits: int) 
         scores = cuda.shared.array(score_size, np.float32)
         running = cuda.shared.array(running_size, np.float32)
         partial = cuda.shared.array(partial_size, np.float32)
+        shares = cuda.shared.array(share_size, np.float32)
         last = cuda.shared.array(1, np.int32)
         mixed = cuda.local.array((each, 8), np.float32)
         tile, row = cuda.blockIdx.x, cuda.blockIdx.z
         group = tile // per_group
-        wait_for_dependencies()
         begin_dependents()
+        wait_for_dependencies()
         position = positions[row]
         share = (position + cuda.gridDim.y) // cuda.gridDim.y  # tokens of a split: position + 1 of them, rounded up
         share = (share + 15) // 16 * 16
@@ -264,7 +272,7 @@ def decode_attention_kernel(heads: int, groups: int, dim: int, cache_bits: int) 
         cuda.syncthreads()
         if last[0] == cuda.gridDim.y - 1:
             cuda.threadfence()
-            join(sums, place, order, out, row, tile)
+            join(sums, place, order, out, row, tile, shares, partial)
             if cuda.threadIdx.x == 0:
                 arrived[place] = 0
 

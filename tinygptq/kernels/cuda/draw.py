@@ -12,6 +12,7 @@ from tinygptq.kernels.cuda.ptx import bits_from_float
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.steps import begin_dependents, wait_for_dependencies
 from tinygptq.kernels.cuda.tables import device_function
+from tinygptq.kernels.cuda.warps import ALL
 
 THREADS = 1024
 MOST = 1024  # candidates: the largest top-k served here
@@ -28,7 +29,11 @@ def _rank(value):
 
 @device_function
 def _process(logits, row, seen, ends, penalty, temperature, too_early):
-    """Logits as the draw sees them, in place: repetition penalty, no end of text yet, temperature."""
+    """Logits as the draw sees them, in place: repetition penalty, no end of text yet, temperature.
+
+    Returns this thread's largest, its place (the first of equal ones) and 1 where one is NaN.
+    """
+    best, place, broken = NOTHING, 0, 0
     for i in range(cuda.threadIdx.x, logits.shape[1], THREADS):
         value = logits[row, i]
         if seen[row, i]:
@@ -38,40 +43,46 @@ def _process(logits, row, seen, ends, penalty, temperature, too_early):
         if temperature > np.float32(0):
             value = value / temperature
         logits[row, i] = value
-
-
-@device_function
-def _largest(logits, row, values, places):
-    """The place of the largest logit, the first of equal ones; BROKEN unless it is finite and no logit is NaN."""
-    best, place, broken = NOTHING, 0, 0
-    for i in range(cuda.threadIdx.x, logits.shape[1], THREADS):
-        value = logits[row, i]
         if value != value:
             broken = 1
         if value > best:
             best, place = value, i
-    values[cuda.threadIdx.x], places[cuda.threadIdx.x] = best, place
-    broken = cuda.syncthreads_or(broken)
-    step = THREADS // 2
-    while step > 0:
-        if cuda.threadIdx.x < step:
-            other = cuda.threadIdx.x + step
-            better = values[other] > values[cuda.threadIdx.x]
-            equal = values[other] == values[cuda.threadIdx.x] and places[other] < places[cuda.threadIdx.x]
-            if better or equal:
-                values[cuda.threadIdx.x], places[cuda.threadIdx.x] = values[other], places[other]
-        cuda.syncthreads()
-        step //= 2
-    found = places[0]
-    if broken or not (values[0] < np.float32(np.inf) and values[0] > NOTHING):
-        found = BROKEN
-    cuda.syncthreads()
-    return found
+    return best, place, broken
 
 
 @device_function
-def _kth_largest(logits, row, k, counts, chosen):
+def _better(best, place, other, there):
+    """The larger of two, the earlier of equal ones."""
+    if other > best or (other == best and there < place):
+        return other, there
+    return best, place
+
+
+@device_function
+def _largest(best, place, broken, values, places):
+    """The place of the block's largest logit; BROKEN unless it is finite and no logit is NaN."""
+    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+    broken = cuda.syncthreads_or(broken)
+    distance = 16
+    while distance:
+        other, there = cuda.shfl_xor_sync(ALL, best, distance), cuda.shfl_xor_sync(ALL, place, distance)
+        best, place = _better(best, place, other, there)
+        distance //= 2
+    if lane == 0:
+        values[warp], places[warp] = best, place
+    cuda.syncthreads()
+    for w in range(THREADS // 32):
+        best, place = _better(best, place, values[w], places[w])
+    cuda.syncthreads()
+    if broken or not NOTHING < best < np.float32(np.inf):
+        place = BROKEN
+    return place
+
+
+@device_function
+def _kth_largest(logits, row, k, counts, totals, chosen):
     """The rank of the k-th largest logit, k from 1; its 32 bits are found 8 at a time."""
+    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     prefix, mask = np.uint32(0), np.uint32(0)
     for turn in range(4):
         shift = np.uint32(24 - 8 * turn)
@@ -83,12 +94,24 @@ def _kth_largest(logits, row, k, counts, chosen):
             if rank & mask == prefix:
                 cuda.atomic.add(counts, (rank >> shift) & np.uint32(255), 1)
         cuda.syncthreads()
-        if cuda.threadIdx.x < 256:  # how many lie in the bins above mine
-            above = 0
-            for bin in range(cuda.threadIdx.x + 1, 256):
-                above += counts[bin]
-            if above < k <= above + counts[cuda.threadIdx.x]:
-                chosen[0], chosen[1] = cuda.threadIdx.x, k - above
+        digit, count, upto = 255 - cuda.threadIdx.x, 0, 0
+        if cuda.threadIdx.x < 256:  # thread i sums up the 256 bins from the highest to the i-th
+            count = counts[digit]
+            upto = count
+            distance = 1
+            while distance < 32:
+                other = cuda.shfl_up_sync(ALL, upto, distance)
+                if lane >= distance:
+                    upto += other
+                distance *= 2
+            if lane == 31:
+                totals[warp] = upto
+        cuda.syncthreads()
+        if cuda.threadIdx.x < 256:
+            for w in range(warp):
+                upto += totals[w]
+            if upto - count < k <= upto:
+                chosen[0], chosen[1] = digit, k - (upto - count)
         cuda.syncthreads()
         prefix |= np.uint32(chosen[0]) << shift
         mask |= np.uint32(255) << shift
@@ -181,18 +204,17 @@ def _draw(logits, settings, top_ks, minima, ends, seen, uniforms, drawn, tokens,
     places = cuda.shared.array(MOST, np.int32)
     order = cuda.shared.array(MOST, np.int32)
     weights = cuda.shared.array(MOST, np.float64)
-    counts = cuda.shared.array(256, np.int32)
+    counts, totals = cuda.shared.array(256, np.int32), cuda.shared.array(8, np.int32)
     chosen = cuda.shared.array(2, np.int32)
     row = cuda.blockIdx.x
-    wait_for_dependencies()
     begin_dependents()
+    wait_for_dependencies()
     temperature, top_p, penalty = settings[row, 0], settings[row, 1], settings[row, 2]
     number = drawn[row]
-    _process(logits, row, seen, ends, penalty, temperature, number < minima[row])
-    cuda.syncthreads()
-    token = _largest(logits, row, values, places)
+    best, place, broken = _process(logits, row, seen, ends, penalty, temperature, number < minima[row])
+    token = _largest(best, place, broken, values, places)
     if temperature > np.float32(0) and token >= 0:
-        threshold = _kth_largest(logits, row, top_ks[row], counts, chosen)
+        threshold = _kth_largest(logits, row, top_ks[row], counts, totals, chosen)
         count = _gather(logits, row, threshold, values, places, chosen)
         if top_p < np.float32(1):
             _cut_top_p(values, weights, order, count, top_p)

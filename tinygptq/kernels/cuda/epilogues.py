@@ -48,7 +48,7 @@ def inverse_rms(features: int, eps: float):
         @device_function
         def read(squares, row, lane):
             if turn:
-                return before(squares, row, lane) + (one(squares, row, first + lane),)
+                return before(squares, row, lane) + (one(squares, row, first + lane),)  # noqa: RUF005 (Numba has no *)
             return (one(squares, row, lane),)
 
         return read
