@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 
+import numpy as np
 import pytest
 
 if importlib.util.find_spec("numba_cuda") is None:
@@ -102,9 +103,14 @@ def test_an_epilogue_takes_the_place_of_the_store():
     from tinygptq.kernels.cuda.tables import device_function
 
     @device_function
-    def twice(row, strip, lane, value, y, extra):
-        y[row, 32 * strip + lane] = value * extra[0][row]
+    def read(row, strip, lane, y, extra):
+        return (extra[0][row],)
 
-    kernel = matvec.matvec_kernel(4, 128, 8, 1, matvec.Plan(8), epilogue=twice)
+    @device_function
+    def scale(row, strip, lane, value, y, extra, known):
+        y[row, 32 * strip + lane] = value * known[0]
+
+    epilogue = matvec.Epilogue(read, (np.float32(0),), scale)
+    kernel = matvec.matvec_kernel(4, 128, 8, 1, matvec.Plan(8), epilogue=epilogue)
     ptx = to_ptx(kernel, (ROWS, WORDS, WORDS, WORDS, types.int64, ROWS, types.Tuple((FLOATS,))), (9, 0))
     assert count(ptx, "ld.global.f32")

@@ -97,24 +97,29 @@ def test_products_that_begin_early_wait_for_their_input(rows):
 
 
 def test_an_epilogue_sees_each_sum_once():
-    from tinygptq.kernels.cuda import dispatch
+    from tinygptq.kernels.cuda import dispatch, matvec
     from tinygptq.kernels.cuda.layout import to_device
     from tinygptq.kernels.cuda.runtime import cuda, cupy
     from tinygptq.kernels.cuda.tables import device_function
 
     @device_function
-    def count_and_scale(row, strip, lane, value, y, extra):
-        factors, calls = extra
+    def read(row, strip, lane, y, extra):
+        column = 32 * strip + lane
+        return (extra[0][column] if column < y.shape[1] else np.float32(0),)
+
+    @device_function
+    def count_and_scale(row, strip, lane, value, y, extra, known):
         column = 32 * strip + lane
         if column < y.shape[1]:
-            y[row, column] = value * factors[column]
-            cuda.atomic.add(calls, row * y.shape[1] + column, 1)
+            y[row, column] = value * known[0]
+            cuda.atomic.add(extra[1], row * y.shape[1] + column, 1)
 
     cp, rng = cupy(), fresh_generator()
     packed = random_linear(rng, 4, 128, False, False, 640, 264)
     factors, x = rng.normal(size=264).astype(np.float32), random_rows(rng, 5, 640)
     y, calls = cp.full((5, 264), np.nan, np.float32), cp.zeros(5 * 264, np.int32)
     arguments = cp.asarray(x), to_device(packed), y, cp.cuda.get_current_stream()
-    dispatch.multiply_rows(*arguments, epilogue=count_and_scale, extra=(cp.asarray(factors), calls))
+    epilogue = matvec.Epilogue(read, (np.float32(0),), count_and_scale)
+    dispatch.multiply_rows(*arguments, epilogue=epilogue, extra=(cp.asarray(factors), calls))
     assert relative_error(y.get(), exact_product(x, packed) * factors) <= 1e-5
     assert (calls.get() == 1).all()
