@@ -6,6 +6,7 @@ way from one token to the next. Its bytes are those of the weights that a token 
 
 from __future__ import annotations
 
+import functools
 import platform
 import statistics
 import time
@@ -210,16 +211,20 @@ class _Gpu:
 
     def kernel_times(self, context: int) -> dict[str, float]:
         """Microseconds of a step for each kind of kernel: graphs of that kind alone, replayed."""
-        step, found = self.engine.step, {}
+        step = self.engine.step
         step.sequences.positions.fill(context)
-        for name in dict.fromkeys(name for name, _ in step.kernels()):
-            with self.engine.stream as stream:
-                stream.synchronize()
-                stream.begin_capture()
-                step.launch(only=name)
-                graph = stream.end_capture()
-            found[name] = statistics.median(self._times(graph.launch, REPLAYS, stream)) * 1e3
-        return found
+        step.sequences.drawn.fill(0)
+        works = {name: functools.partial(step.launch, only=name) for name, _ in step.kernels()} | {"draw": step.launch_draw}
+        return {name: self._replayed(work) for name, work in works.items()}
+
+    def _replayed(self, work: Callable[[], None]) -> float:
+        """Microseconds of a graph of that work."""
+        stream = self.engine.stream
+        self.cp.cuda.Device().synchronize()
+        stream.begin_capture()
+        work()
+        graph = stream.end_capture()
+        return statistics.median(self._times(graph.launch, REPLAYS, stream)) * 1e3
 
     def _times(self, work: Callable[[Any], Any], count: int, stream: Any = None) -> list[float]:
         """Milliseconds of each of so many runs, after one that is not counted."""

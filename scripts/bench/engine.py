@@ -2,8 +2,8 @@
 
     python scripts/bench/engine.py FOLDER [FOLDER ...] [--rows 1,8] [--contexts 256,1900] [--out FILE.json]
 
-Each folder (scripts/make_synthetic_model.py writes one in LLaMA-7B's shape) is measured by ``tinygptq bench`` in a process of
-its own, with a 16-bit cache, and the first one with an 8-bit cache too.
+Each folder (scripts/make_synthetic_model.py writes one in LLaMA-7B's shape) is measured by ``tinygptq bench`` in a process
+of its own, with a 16-bit cache, and the first one with an 8-bit cache too.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ def line(found: dict[str, Any]) -> str:
     prefill = ", ".join(f"{p['tokens_per_second']:.0f} of {p['tokens']}" for p in found["prefill"])
     kernels = ", ".join(f"{name} {us:.0f}" for name, us in found["kernels"].items())
     rows = found["decoding"][0]["rows"] if found["decoding"] else 0
-    return (f"{found['model']}, cache {found['cache_bits']}, {rows} at once: {decoding} tok/s; prompt {prefill} tok/s; loaded in "
-            f"{found['load_seconds']:.1f} s, {found['device_bytes'] * 1e-9:.3f} GB; us a step: {kernels}")  # fmt: skip
+    speeds = f"{found['model']}, cache {found['cache_bits']}, {rows} at once: {decoding} tok/s; prompt {prefill} tok/s"
+    memory = f"{found['device_bytes'] * 1e-9:.3f} GB"
+    return f"{speeds}; loaded in {found['load_seconds']:.1f} s, {memory}; us a step: {kernels}"
 
 
 if __name__ == "__main__":

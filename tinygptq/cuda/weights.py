@@ -8,7 +8,7 @@ kept in fp16, with the values its codes stand for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,23 +87,33 @@ def upload(config: LlamaConfig, weights: Weights) -> DeviceWeights:
         TinyGPTQError: a dense weight beyond fp16's range.
     """
     cp = cupy()
-    blocks = []
+    blocks, scratch = [], cp.cuda.MemoryPool()
     for layer in range(config.num_hidden_layers):
         linears = {name: weights.linears[f"model.layers.{layer}.{name}"] for name in config.linear_shapes()}
         norms = [weights.norms[f"model.layers.{layer}.{name}"] for name in ("input_layernorm", "post_attention_layernorm")]
         q, k, v, o = (linears[f"self_attn.{name}_proj"] for name in "qkvo")
         gate, up, down = (linears[f"mlp.{name}_proj"] for name in ("gate", "up", "down"))
         products = [
-            side_by_side([q, k, v]),
-            side_by_side([o]),
-            side_by_side([gate, up], alternating(gate.out_features)),
-            side_by_side([down]),
+            settled(side_by_side, scratch, [q, k, v]),
+            settled(side_by_side, scratch, [o]),
+            settled(side_by_side, scratch, [gate, up], alternating(gate.out_features)),
+            settled(side_by_side, scratch, [down]),
         ]
         blocks.append(DeviceBlock(*products, *(cp.asarray(norm, np.float32) for norm in norms)))
-        cp.get_default_memory_pool().free_all_blocks()  # what the layout needed on its way
+    scratch.free_all_blocks()
     head = to_half(weights.head, "the head")
     embedding = head if weights.head is weights.embedding else pinned(weights.embedding)
     return DeviceWeights(embedding, blocks, cp.asarray(weights.norms["model.norm"], np.float32), DeviceDense(head))
+
+
+def settled(make: Callable[..., Product], scratch: Any, *given: Any) -> Product:
+    """What ``make`` makes, in memory of just its size: all that it needs on its way is taken from the pool ``scratch``."""
+    cp = cupy()
+    with cp.cuda.using_allocator(scratch.malloc):
+        made = make(*given)
+    arrays = {name: value.copy() for name, value in vars(made).items() if isinstance(value, cp.ndarray)}
+    cp.cuda.get_current_stream().synchronize()  # before the scratch memory is used again
+    return replace(made, **arrays)
 
 
 def alternating(columns: int) -> np.ndarray:
