@@ -156,8 +156,9 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="which windows of a named set (default: %(default)s)")
     add("--template", default="tulu", choices=sorted(TEMPLATES), help="prompt template of instruction sets (tulu)")
     add("--method", default="gptq", choices=("gptq", "rtn"), help="rtn rounds to nearest, without calibration")
-    add("--recipe", default="fast", choices=tuple(RECIPES), help="plain is the paper's algorithm; fast also searches each "
-        "group's scale and quantises the most important columns first (default: %(default)s)")
+    add("--recipe", default="fast", choices=tuple(RECIPES), help="plain is the paper's algorithm; fast searches each "
+        "group's scale and quantises the most important columns first; best also makes up for what earlier linears "
+        "changed, and moves scales and codes once more, in two to three times the time (default: %(default)s)")
     add("--checkpoint-format", default="gptq", choices=("gptq", "gptq_v2"), help="how zero points are stored (gptq)")
     add("--resume", action="store_true", help="continue an earlier run that was cut off, at the block it had reached; "
         "also keep what this one has done if an error or Ctrl-C stops it (one that is killed can be continued in any case)")
