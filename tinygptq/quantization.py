@@ -351,7 +351,7 @@ def _solve_with(
             if R is not None:
                 W = drift.target(W, cross if full.endswith(WRITERS) else product(W, cross), R)
             solution = solve(W, factor, config, method=place.solver, name=full)
-            return refine(W, H, solution, factor, config) if config.recipe.refine else solution
+            return refine(W, H, solution, factor, config, method=place.solver) if config.recipe.refine else solution
 
         yield _replace(model, layer, name, config, solver, place, lambda W: rounding_loss(W, H, factor, config, place), dead)
 

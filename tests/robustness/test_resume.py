@@ -23,7 +23,7 @@ from helpers import contents, random_llama_folder, save_byte_tokenizer
 
 from tinygptq import placement, quantization, resume
 from tinygptq.cli import main
-from tinygptq.config import QuantizeConfig
+from tinygptq.config import RECIPES, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.quantization import LinearReport, QuantizeReport, quantize
 from tinygptq.resume import Progress, place_of, unfinished_folder
@@ -34,6 +34,7 @@ CONFIG = QuantizeConfig(4, 32, desc_act=True)
 KINDS = {
     "true-sequential": (CONFIG, "gptq"),
     "a block at once": (QuantizeConfig(3, 64, sym=False, true_sequential=False), "gptq"),
+    "best": (QuantizeConfig(4, 32, recipe=RECIPES["best"]), "gptq"),  # the unquantised model runs beside it
     "rounding": (QuantizeConfig(4, 32), "rtn"),
 }
 KILLS = int(os.environ.get("TINYGPTQ_KILLS", "3"))

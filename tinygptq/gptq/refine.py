@@ -36,7 +36,8 @@ def refine(
     Args:
         W: float32 [out, in], what the solution approximates. H: float32 [in, in], undamped. factor: what `gptq.prepare` made
             of it; its damping and its order of columns are used. None of them is modified.
-        method: "definition" has `descend` do the work, anything else its fast twin where arrays are NumPy's.
+        method: as for `gptq.solve`: "definition" has `descend` do the work; a module its own twin of it, if it has one;
+            anything else the Numba twin where arrays are NumPy's.
     Returns:
         A solution in the same format, with its own loss.
     """
@@ -49,7 +50,7 @@ def refine(
     zero = solution.zeros.astype(np.float32)[:, g_idx]  # (out, in)
     codes, WH = solution.codes.astype(np.float32), product(W, H)
     order = xp.arange(W.shape[1]) if factor.perm is None else factor.perm
-    walk = _twin() if xp is np and method != "definition" else descend
+    walk = _twin() if xp is np and method != "definition" else getattr(method, "descend", descend)
     for _ in range(config.recipe.refine):
         scales = refit_scales(WH, H, codes - zero, scales, g_idx)
         scale = scales[:, g_idx]
