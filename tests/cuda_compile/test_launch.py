@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.util
 import subprocess
@@ -85,20 +86,45 @@ def test_another_process_finds_the_same_name():
     assert ask() == ask()
 
 
+Pointer = collections.namedtuple("Pointer", "ptr")
+
+
+class Array:
+    """As much of a CuPy array as a launch looks at."""
+
+    __cuda_array_interface__ = property(lambda self: pytest.fail("too slow to be asked at every launch"))
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.dtype, self.shape, self.strides, self.size, self.flags = (
+            array.dtype, array.shape, array.strides, array.size, array.flags,
+        )  # fmt: skip
+        self.data = Pointer(ptr=4096)
+
+
 @pytest.mark.parametrize(
-    "argument,flat",
-    [(7, [7]), ((1, (2,)), [1, 2])],
+    "argument,flat,kind",
+    [
+        (7, [7], int),
+        ((1, (2,)), [1, 2], (int, (int,))),
+        (Array(np.zeros((3, 5), np.float16)), [0, 0, 15, 2, 4096, 3, 5, 10, 2], ("e", 2)),
+        ((), [], ()),
+    ],
 )
-def test_arguments_as_numba_takes_them(argument, flat):
+def test_arguments_as_numba_takes_them(argument, flat, kind):
     found: list = []
-    launch._flatten(argument, found)
+    assert launch._read(argument, found) == kind
     assert found == flat
+
+
+def test_an_array_with_gaps_is_refused():
+    with pytest.raises(ValueError, match="C-contiguous"):
+        launch._read(Array(np.zeros((4, 4), np.float32)[:, ::2]), [])
 
 
 def test_scalars_keep_their_type():
     found: list = []
-    for number in (np.float32(1.5), np.int32(-3), np.float16(2)):
-        launch._flatten(number, found)
+    kinds = launch._read((np.float32(1.5), np.int32(-3), np.float16(2)), found)
+    assert kinds == (np.float32, np.int32, np.float16)
     assert [value.value for value in found] == [1.5, -3, int(np.float16(2).view(np.uint16))]
     with pytest.raises(TypeError, match="not float"):
-        launch._kind(1.5)
+        launch._read(1.5, [])

@@ -63,17 +63,15 @@ class Kernel:
         """
         from cuda.core import launch
 
-        kernel = self._kernel(arguments)
+        flat: list[Any] = []
+        kernel = self._kernel(_read(arguments, flat))
         if shared_bytes > 48 << 10:
             kernel.attributes.max_dynamic_shared_size_bytes = shared_bytes
-        flat: list[Any] = []
-        for argument in arguments:
-            _flatten(argument, flat)
         launch(_core_stream(stream.ptr), _launch_config(grid, block, dependent, cluster, shared_bytes), kernel, *flat)
 
     def prepare(self, *arguments: Any) -> None:
         """Compile (or find) and load the kernel for arguments of these kinds, without running it."""
-        self._kernel(arguments)
+        self._kernel(_read(arguments, []))
 
     def ptx(self, signature: tuple, capability: tuple[int, int]) -> str:
         """The kernel as PTX text for Numba's types of its arguments; needs no GPU."""
@@ -83,11 +81,11 @@ class Kernel:
         )  # fmt: skip
         return text
 
-    def _kernel(self, arguments: tuple) -> Any:
-        kinds = tuple(map(_kind, arguments))
-        if kinds not in self._loaded:
-            self._loaded[kinds] = self._load(tuple(map(_numba_type, kinds)))
-        return self._loaded[kinds]
+    def _kernel(self, kinds: tuple) -> Any:
+        kernel = self._loaded.get(kinds)
+        if kernel is None:
+            kernel = self._loaded[kinds] = self._load(tuple(map(_numba_type, kinds)))
+        return kernel
 
     def _load(self, signature: tuple) -> Any:
         from cuda.core import ObjectCode
@@ -130,17 +128,29 @@ def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
 # ---------------------------------------------------------------------------------------------- kinds of arguments
 
 
-def _kind(argument: Any) -> Any:
-    """What of an argument its kernel's code depends on: (dtype, dimensions), a scalar's type, or a tuple of kinds."""
-    if isinstance(argument, tuple):
-        return tuple(map(_kind, argument))
-    if hasattr(argument, "__cuda_array_interface__"):
+def _read(argument: Any, flat: list[Any]) -> Any:
+    """Append an argument to ``flat`` as Numba's kernels take it, and return its kind: what the kernel's code depends on.
+
+    An array is two unused words, size, item size, address, shape and strides; its kind is (dtype, dimensions). A scalar's
+    kind is its type, a tuple's that of its parts. Called for every launch, hence in one pass and by classes: asking an
+    instance for ``__cuda_array_interface__`` would make a dict.
+    """
+    kind = type(argument)
+    if kind is tuple:
+        return tuple([_read(part, flat) for part in argument])
+    if hasattr(kind, "__cuda_array_interface__"):
+        dtype, shape = argument.dtype, argument.shape
         if not argument.flags.c_contiguous:
             raise ValueError("a kernel's arrays must be C-contiguous")
-        return argument.dtype.char, argument.ndim
-    if isinstance(argument, (int, np.generic)):
-        return type(argument)
-    raise TypeError(f"a kernel takes arrays, ints, NumPy scalars and tuples of them, not {type(argument).__name__}")
+        flat += (0, 0, argument.size, dtype.itemsize, argument.data.ptr, *shape, *argument.strides)
+        return dtype.char, len(shape)
+    if isinstance(argument, int):
+        flat.append(argument)
+    elif isinstance(argument, np.generic):
+        flat.append(_scalar(argument))
+    else:
+        raise TypeError(f"a kernel takes arrays, ints, NumPy scalars and tuples of them, not {kind.__name__}")
+    return kind
 
 
 def _numba_type(kind: Any) -> Any:
@@ -155,19 +165,6 @@ def _from_dtype(dtype: np.dtype) -> Any:
     from numba.cuda.np.numpy_support import from_dtype
 
     return from_dtype(dtype)
-
-
-def _flatten(argument: Any, flat: list[Any]) -> None:
-    """An argument as Numba's kernels take it: an array is two unused words, size, item size, address, shape and strides."""
-    if isinstance(argument, tuple):
-        for part in argument:
-            _flatten(part, flat)
-    elif isinstance(argument, int):
-        flat.append(argument)
-    elif isinstance(argument, np.generic):
-        flat.append(_scalar(argument))
-    else:
-        flat += (0, 0, argument.size, argument.itemsize, argument.data.ptr, *argument.shape, *argument.strides)
 
 
 def _scalar(number: np.generic) -> Any:
