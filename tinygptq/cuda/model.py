@@ -38,7 +38,7 @@ class CudaLlama(Llama):
         self._attend = prefill_attention_kernel(heads, groups, dim, self._width)
 
     def embed(self, ids: Any) -> Any:
-        super().embed(ids)  # for its checks
+        self.check_ids(np.asarray(ids))
         return self.weights.embedding[cupy().asarray(ids)].astype(np.float32)
 
     def logits(self, h: Any) -> Any:

@@ -1,0 +1,44 @@
+"""Logits of every position on the GPU, perplexity and scoring over them, against the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import random_models
+
+from tinygptq import evaluate
+from tinygptq.engine import CpuEngine
+from tinygptq.scoring import Request, Scorer
+
+
+@pytest.fixture(scope="module")
+def models():
+    from tinygptq.cuda.engine import CudaEngine
+
+    config = random_models.config()
+    weights = random_models.weights(config, 4, perm=False, seed=3)
+    return config, CpuEngine(config, weights).model, CudaEngine(config, weights, 40).model
+
+
+def test_logits_of_every_position(models):
+    config, cpu, gpu = models
+    ids = np.random.default_rng(5).integers(0, config.vocab_size, (3, 37))
+    expected, found = cpu.forward(ids), gpu.forward(ids).get()
+    assert found.dtype == np.float32
+    assert np.sqrt(np.mean((found - expected) ** 2)) < 5e-3 * expected.std()
+
+
+def test_perplexity(models):
+    config, cpu, gpu = models
+    ids = np.random.default_rng(6).integers(0, config.vocab_size, 200)
+    expected, found = (evaluate.perplexity(model, ids, 40).perplexity for model in (cpu, gpu))
+    assert found == pytest.approx(expected, rel=5e-3)
+
+
+def test_scores_behind_a_shared_beginning(models):
+    config, cpu, gpu = models
+    rng = np.random.default_rng(7)
+    start = rng.integers(0, config.vocab_size, 20).tolist()
+    requests = [Request((*start, *rng.integers(0, config.vocab_size, 3).tolist()), (1 + n, 2)) for n in range(5)]
+    expected, found = (Scorer(model).score(requests) for model in (cpu, gpu))
+    assert [one.logprob for one in found] == pytest.approx([one.logprob for one in expected], rel=1e-2, abs=2e-2)
