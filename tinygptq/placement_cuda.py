@@ -38,7 +38,7 @@ from tinygptq.weights import DenseLinear, Linear, Weights
 log = logging.getLogger("tinygptq")
 
 RESIDUAL = np.float16
-MODEST = 8e9  # bytes of the card up to which activations are kept, to save time
+MODEST = 7.5e9  # bytes of the card up to which activations are kept, to save time
 SPARE = 1e9  # of them, for what the memory pool cannot use
 BASE = 700 << 20  # of the card: CUDA's own, the libraries' code and workspaces, cuBLAS's and cuSOLVER's
 
@@ -107,6 +107,8 @@ class Card(Host):
         return Llama(source.config, weights, calibration)
 
     def announce(self, source: Checkpoint, ids: np.ndarray | None, config: QuantizeConfig) -> None:
+        if getattr(config.recipe, "follows", False) or getattr(config.recipe, "refine", 0):
+            raise TinyGPTQError("a recipe that corrects drift or refines codes runs on the CPU; take 'fast' or 'plain' here")
         stream = 0 if ids is None else stream_bytes(source.config, ids.size)
         self._most = cupy().cuda.runtime.memGetInfo()[0]
         widths = {k for k, _ in source.config.linear_shapes().values()}

@@ -90,16 +90,23 @@ def same_bits(a: Solutions, b: Solutions) -> bool:
     return all(np.array_equal(getattr(a[name], part), getattr(b[name], part)) for name in a for part in parts)
 
 
-def compare(source: Checkpoint, branch: str, windows: np.ndarray, text: np.ndarray, whole: bool) -> dict[str, Any]:
-    """whole: quantise all of the model on the CPU too, not its first four linears alone."""
+def compare(
+    source: Checkpoint, branch: str, windows: np.ndarray, text: np.ndarray, whole: int, codes: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """whole: how many linears are quantised on the CPU too, at least the first four; 0 for none, whose GPU codes go to
+    ``codes`` for a comparison elsewhere."""
     config = BRANCHES[branch]
     there, seconds = solutions_of(Card(), source, windows, config)
     again, _ = solutions_of(Card(), source, windows, config)
     row: dict[str, Any] = {"perplexity_gpu": perplexity(source, there, text), "seconds_gpu": seconds}
-    here, host_seconds = solutions_of(Host(), source, windows, config, None if whole else 4)
+    row["two_runs_equal"] = same_bits(there, again)
     if whole:
-        row |= {"perplexity_cpu": perplexity(source, here, text), "seconds_cpu": host_seconds}
-    row |= {"equal_codes": equal_share(here, there, ("q", "k", "v", "o")), "two_runs_equal": same_bits(there, again)}
+        here, host_seconds = solutions_of(Host(), source, windows, config, whole)
+        row["equal_codes"] = equal_share(here, there, ("q", "k", "v", "o"))
+        if len(here) == len(there):
+            row |= {"perplexity_cpu": perplexity(source, here, text), "seconds_cpu": host_seconds}
+    else:
+        codes |= {f"{branch} {name}": solution.codes for name, solution in itertools.islice(there.items(), 4)}
     print(branch, row, flush=True)
     return row
 
@@ -126,19 +133,20 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--ids", type=Path, required=True)
     parser.add_argument("--branches", nargs="+", choices=tuple(BRANCHES), default=list(BRANCHES))
-    parser.add_argument(
-        "--whole", type=int, default=6, help="of so many branches the whole model is quantised on the CPU too"
-    )
+    parser.add_argument("--cpu-linears", type=int, default=10**6, metavar="N", help="how many are quantised on the CPU too")
+    parser.add_argument("--codes", type=Path, help="with --cpu-linears 0: keep the GPU's codes of four linears here")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    ids, source = np.load(args.ids), load_checkpoint(args.model)
+    ids, source, codes = np.load(args.ids), load_checkpoint(args.model), {}
     windows, text = ids["calibration"].astype(np.int64), ids["evaluation"].astype(np.int64)
     result = {**facts_of_machine(), "perplexity_fp16": perplexity(source, {}, text)}
     print(f"unquantised {result['perplexity_fp16']:.4f}", flush=True)
     result["varied"] = {args.branches[0]: vary(source, args.branches[0], windows, text)}
     result["branches"] = {
-        branch: compare(source, branch, windows, text, i < args.whole) for i, branch in enumerate(args.branches)
+        branch: compare(source, branch, windows, text, args.cpu_linears, codes) for branch in args.branches
     }
+    if args.codes:
+        np.savez_compressed(args.codes, **codes)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -75,7 +75,9 @@ class HalfHessian(Hessian):
                 found = f"first at input {int(bad.argmax())} of {self.in_features}"
                 raise TinyGPTQError(f"activations hold NaN or infinity, or exceed fp16's 65504 ({found})")
             H *= cp.float32(2 / self.n_samples)
-            for i in range(PANEL, self.in_features, PANEL):
-                H[i:, i - PANEL : i] = H[i - PANEL : i, i:].T
+            for i in range(0, self.in_features, PANEL):
+                j = i + PANEL
+                H[i:j, i:j] = cp.triu(H[i:j, i:j]) + cp.triu(H[i:j, i:j], 1).T
+                H[j:, i:j] = H[i:j, j:].T
             self._done = True
         return self._sum
