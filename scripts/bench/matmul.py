@@ -325,13 +325,18 @@ def plot(record: dict[str, Any], path: Path) -> None:
         x = [2 * k * n * r["rows"] / r["bytes"] for r in points]
         y = [r["tflop_per_s"] for r in points]
         axes.plot(x, y, marker=marker, color=colour, lw=1, ms=6, label=name, zorder=2)
+        early = [(place, r["tflop_per_s"] * r["us"] / r["us_dependent"]) for place, r in zip(x, points, strict=True)
+                 if "us_dependent" in r]  # fmt: skip
+        if early:
+            axes.plot(*zip(*early, strict=True), marker, color=colour, ms=6, mfc="white", ls="none", zorder=2)
         if name in ("cuBLAS fp16", "4-bit g128"):
             for place, value, r in zip(x, y, points, strict=True):
                 offset, side = ((-6, 7), "right") if name == "cuBLAS fp16" else ((6, -12), "left")
                 label = f"M={r['rows']}"
                 axes.annotate(label, (place, value), offset, textcoords="offset points", ha=side, color=colour, fontsize=8)
     axes.set(xlabel="FLOP per byte of weights, x and y", ylabel="TFLOP/s",
-             title=f"x [M, {k}] times W [{k}, {n}] on {record['device']}, {record['date']}")  # fmt: skip
+             title=f"x [M, {k}] times W [{k}, {n}] on {record['device']}, {record['date']}\n"
+                   "hollow: with programmatic dependent launch")  # fmt: skip
     axes.grid(which="major", color="0.9")
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=120)

@@ -139,7 +139,7 @@ def matvec_kernel(
     """
     warps, width, split = plan.warps, plan.width, plan.split
     rows, step, chunk_words = 8 * row_tiles, warps // width, bits * CHUNK
-    partial_size, ahead = warps * rows * PITCH, plan.ahead
+    partial_size, ahead, among = warps * rows * PITCH, plan.ahead, row_tiles == 2 and not plan.ahead
     load_codes, leave = load_stream_pieces(bits), leave_sums(row_tiles, PITCH)
     fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
     fetch_x = _x_reader(ragged, row_tiles)
@@ -175,7 +175,9 @@ def matvec_kernel(
         total = no_sums
         for chunk in range(first, last, step):
             rows_of_x = fetch_x(x, chunk, lane)
-            after = min(chunk + step, last - 1)
+            # The same chunk in both cases. As a sum alone, its loads come to stand among the products, which is faster where
+            # there are 16 rows of x, and registers, to spare; with 8 rows registers run out.
+            after = chunk + step if among else min(chunk + step, last - 1)
             if ahead:
                 w, s, o = fetch(codes, scales, zeros, codes_at, table, after)
                 total = multiply_chunk(total, words, scale, offset, rows_of_x)
