@@ -26,7 +26,8 @@ class WriteBehind:
     def __init__(self, writer: QuantizedFolderWriter, spent: Callable[[str, float], None]) -> None:
         self._writer, self._spent = writer, spent
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tinygptq-write")
-        self._waiting: deque[Future[None]] = deque()
+        # what is there already, embedding and head, goes to the disk meanwhile: the first flush need not wait for it
+        self._waiting: deque[Future[None]] = deque([self._thread.submit(writer.flush)])
 
     def write(self, name: str, tensors: Callable[[], Mapping[str, np.ndarray]]) -> None:
         """Write what ``tensors()`` gives, which is called on the other thread."""
