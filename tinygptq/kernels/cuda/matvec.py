@@ -140,20 +140,12 @@ def matvec_kernel(
     warps, width, split = plan.warps, plan.width, plan.split
     rows, step, chunk_words = 8 * row_tiles, warps // width, bits * CHUNK
     partial_size, ahead, among = warps * rows * PITCH, plan.ahead, row_tiles == 2 and not plan.ahead
-    load_codes, leave = load_stream_pieces(bits), leave_sums(row_tiles, PITCH)
-    fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
-    fetch_x = _x_reader(ragged, row_tiles)
+    fetch, fetch_x = _weights_reader(bits, group_size, zero, wide_scales), _x_reader(ragged, row_tiles)
+    leave = leave_sums(row_tiles, PITCH)
     multiply_chunk = _chunk_product(bits, group_size, zero, row_tiles, wide_scales)
     finish = _finisher(rows, plan, epilogue)
     read, nothing = epilogue.read, epilogue.nothing
     no_sums = (np.float32(0),) * rows
-
-    @device_function
-    def fetch(codes, scales, zeros, codes_at, table, chunk):
-        """What a lane needs of one chunk's weights."""
-        words = load_codes(codes, codes_at + chunk * chunk_words)
-        scale, offset = fetch_tables(scales, zeros, table, chunk)
-        return words, scale, offset
 
     def matvec(x, codes, scales, zeros, groups, y, extra):
         partial = cuda.shared.array(partial_size, np.float32)
@@ -222,6 +214,20 @@ def _finisher(rows, plan, epilogue):
             cluster_barrier()  # a block's shared memory lives until all have read it
 
     return finish
+
+
+def _weights_reader(bits, group_size, zero, wide_scales):
+    """Device function: what a lane needs of one chunk's weights."""
+    load_codes, chunk_words = load_stream_pieces(bits), bits * CHUNK
+    fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
+
+    @device_function
+    def fetch(codes, scales, zeros, codes_at, table, chunk):
+        words = load_codes(codes, codes_at + chunk * chunk_words)
+        scale, offset = fetch_tables(scales, zeros, table, chunk)
+        return words, scale, offset
+
+    return fetch
 
 
 def _x_reader(ragged, row_tiles):

@@ -90,15 +90,29 @@ def load_words(count: int):
     return load
 
 
-@intrinsic
-def load_written_words(typingctx, array, index):
-    """16 bytes of global memory that an earlier kernel wrote: four uint32. ld.global.v4, kept in its place; from sm_50."""
+def _load_four(instruction: str, space: int):
+    """The function ``(array, index)`` -> four uint32, 16 bytes at once, by an instruction that stays in its place."""
 
-    def generate(context, builder, signature, args):
-        address = _address(context, builder, signature.args[0], *args, GLOBAL)
-        return _assembly(builder, [I32] * 4, "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [address], True)
+    @intrinsic
+    def load(typingctx, array, index):
+        def generate(context, builder, signature, args):
+            address = _address(context, builder, signature.args[0], *args, space)
+            text, register = f"{instruction} {{$0, $1, $2, $3}}, [$4];", "l" if space == GLOBAL else "r"
+            return _assembly(builder, [I32] * 4, text, f"=r,=r,=r,=r,{register}", [address], True)
 
-    return U32X4(array, types.int64), generate
+        return U32X4(array, types.int64), generate
+
+    return load
+
+
+load_written_words = _load_four("ld.global.v4.u32", GLOBAL)
+"""16 bytes of global memory that an earlier kernel wrote, through L1: ld.global.v4; from sm_50."""
+
+load_16_bytes = _load_four("ld.global.cg.v4.u32", GLOBAL)
+"""16 bytes of global memory that another block of this kernel wrote, past L1: ld.global.cg.v4; from sm_50."""
+
+load_shared = _load_four("ld.shared.v4.u32", SHARED)
+"""16 bytes of shared memory: ld.shared.v4; from sm_50."""
 
 
 @functools.cache
@@ -144,17 +158,6 @@ def store_16_bytes(typingctx, array, index, values):
         return _assembly(builder, ir.VoidType(), "st.global.v4.u32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", operands, True)
 
     return types.void(array, types.int64, U32X4), generate
-
-
-@intrinsic
-def load_shared(typingctx, array, index):
-    """16 bytes of shared memory: four uint32. ld.shared.v4; from sm_50."""
-
-    def generate(context, builder, signature, args):
-        address = _address(context, builder, signature.args[0], *args, SHARED)
-        return _assembly(builder, [I32] * 4, "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [address], True)
-
-    return U32X4(array, types.int64), generate
 
 
 # Bits and half2 arithmetic
@@ -295,18 +298,7 @@ def copy_async_or_zero(typingctx, shared, shared_index, array, index, wanted):
     return types.void(shared, types.int64, array, types.int64, types.boolean), generate
 
 
-# What blocks of one kernel hand to each other through global memory
-
-
-@intrinsic
-def load_16_bytes(typingctx, array, index):
-    """16 bytes of global memory that another block of this kernel wrote, past L1: four uint32. ld.global.cg; from sm_50."""
-
-    def generate(context, builder, signature, args):
-        address = _address(context, builder, signature.args[0], *args, GLOBAL)
-        return _assembly(builder, [I32] * 4, "ld.global.cg.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [address], True)
-
-    return U32X4(array, types.int64), generate
+# Results
 
 
 @intrinsic
