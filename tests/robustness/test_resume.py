@@ -205,7 +205,8 @@ def kill_again_and_again(
     """Yield finished folders, one of them left alone and the others continued after kill -9 at ``kills`` random moments."""
     process = begin(folder / "whole")
     seconds = working_time(process, folder / "whole")
-    assert process.returncode == 0, process.communicate()
+    output = process.communicate()
+    assert process.returncode == 0, output
     yield folder / "whole"
     killed, number, out = 0, 0, folder / "out-0"
     while killed < kills or not out.exists():
