@@ -62,7 +62,9 @@ class Checkpoint:
 def load_checkpoint(folder: str | Path, sort_rows: bool = True) -> Checkpoint:
     """Read a Hugging Face or GPTQ folder of a LLaMA; what contradicts its label is logged as a warning.
 
-    Args: sort_rows: False leaves the rows of act-order linears for the reader to sort; see :class:`~tinygptq.packing.PackedLinear`.
+    Args:
+        sort_rows: False leaves the rows of act-order linears for the reader to sort; see
+            :class:`~tinygptq.packing.PackedLinear`.
 
     Raises:
         TinyGPTQError: not a LLaMA, a missing tensor, one of another shape or dtype than the configuration asks for, or

@@ -242,7 +242,7 @@ class Recipe:
         stored = meta.get("recipe") if isinstance(meta, dict) else None
         if not isinstance(stored, dict):
             return None
-        kinds = {field.name: type(field.default) for field in fields(cls)}
+        kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(cls)}
         numbers = {name: value for name, value in stored.items() if name in kinds and isinstance(value, (bool, int, float))}
         return cls(**{name: kinds[name](value) for name, value in numbers.items() if abs(value) <= LARGEST_NUMBER})
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def solver_compiled_beside() -> Iterator[None]:
     """
     command = [sys.executable, "-c", "from tinygptq.demo import compile_solver; compile_solver()"]
     started: list[subprocess.Popen[bytes]] = []
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     timer = threading.Timer(FROM_CACHE_SECONDS, lambda: started.append(subprocess.Popen(command, **quiet)))
     timer.start()
     try:
