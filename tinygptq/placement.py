@@ -21,7 +21,6 @@ import numpy as np
 from tinygptq import threads
 from tinygptq.checkpoint import Checkpoint
 from tinygptq.config import LlamaConfig, QuantizeConfig
-from tinygptq.errors import TinyGPTQError
 from tinygptq.export import gptq_tensors
 from tinygptq.gptq import Hessian, Solution
 from tinygptq.gptq_files import from_gptq
@@ -183,18 +182,3 @@ def fast_model(source: Checkpoint, linears: dict[str, Linear]) -> Llama:
 def packed(solution: Solution, config: QuantizeConfig, bias: np.ndarray | None = None) -> PackedLinear:
     """A solution as kernels see it, by way of the tensors that are written."""
     return from_gptq(gptq_tensors(solution, config), config, bias)
-
-
-def place_named(device: str) -> Host:
-    """``cpu`` or ``cuda``.
-
-    Raises:
-        TinyGPTQError: another name; no GPU, or a package of the extra [cuda] is missing.
-    """
-    if device == "cpu":
-        return Host()
-    if device == "cuda":
-        from tinygptq.placement_cuda import Card  # only here: it needs packages of the extra [cuda]
-
-        return Card()
-    raise TinyGPTQError(f"device {device!r} is not available for quantising; use 'cpu' or 'cuda'")

@@ -30,7 +30,7 @@ from tinygptq.gptq.hessian import shrink
 from tinygptq.gptq.refine import product, refine
 from tinygptq.hub import model_name, resolve
 from tinygptq.model import Llama
-from tinygptq.placement import Host, fast_model, packed, place_named
+from tinygptq.placement import Host, fast_model, packed
 from tinygptq.quantize_report import (
     DeadInputs,
     LinearReport,
@@ -177,6 +177,21 @@ def quantize_weights(source: Checkpoint, ids: np.ndarray | None, config: Quantiz
     for _ in quantize_blocks(model, ids, config):
         pass
     return model.weights
+
+
+def place_named(device: str) -> Host:
+    """``cpu`` or ``cuda``.
+
+    Raises:
+        TinyGPTQError: another name; no GPU, or a package of the extra [cuda] is missing.
+    """
+    if device == "cpu":
+        return Host()
+    if device == "cuda":
+        from tinygptq.placement_cuda import Card  # only here: it needs packages of the extra [cuda]
+
+        return Card()
+    raise TinyGPTQError(f"device {device!r} is not available for quantising; use 'cpu' or 'cuda'")
 
 
 # -------------------------------------------------------------------------------------------------- the block loop

@@ -32,7 +32,7 @@ LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 CORE = {"numpy", "numba", "safetensors", "sentencepiece", "tqdm", "ml_dtypes", "threadpoolctl", "llvmlite"}
 # extras: only ever imported inside a function
 OPTIONAL = {"tokenizers", "datasets", "jinja2", "huggingface_hub", "gguf", "dask", "distributed", "lm_eval", "matplotlib",
-            "cupy", "cuda"}  # fmt: skip
+            "cupy", "cupyx", "cuda"}  # fmt: skip
 # likewise, and in these modules only
 TORCH_ALLOWED = {"convert.pickles": {"torch"}, "validate": {"torch", "transformers"}}
 
