@@ -19,9 +19,7 @@ def pages(root: Path) -> dict[str, str | bytes]:
         if (root / name).is_file()
     }
     readme = text["README.md"]
-    measured = "# Measured\n\n" + "\n".join(
-        section(readme, start) for start in ("Quality", "Speed on a CPU", "Kernels for NVIDIA")
-    )
+    measured = "# Measured\n\n" + readme[_start(readme, "Quality") : _start(readme, "Read it")]
     course = "# The course\n\n" + section(readme, "Read it").partition("\n")[2]
     made: dict[str, str | bytes] = {
         "architecture.md": relink(text["ARCHITECTURE.md"], "", ""),
@@ -36,11 +34,17 @@ def pages(root: Path) -> dict[str, str | bytes]:
 
 
 def section(text: str, title: str) -> str:
-    """The section of a Markdown text whose heading begins with ``title``, up to the next heading of its level."""
-    found = re.search(rf"^## {re.escape(title)}.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    """A section of a Markdown text, up to the next heading of its level."""
+    start = _start(text, title)
+    end = text.find("\n## ", start + 1)
+    return text[start:] if end < 0 else text[start : end + 1]
+
+
+def _start(text: str, title: str) -> int:
+    found = re.search(rf"^## {re.escape(title)}", text, re.MULTILINE)
     if found is None:
         raise ValueError(f"README.md has no section that begins with {title!r}; docs/hooks/repository_pages.py shows it")
-    return found[0]
+    return found.start()
 
 
 def pictures(text: str) -> list[str]:
