@@ -179,8 +179,9 @@ def test_quantize_json(tinygptq, tmp_path, method):
     assert report["seconds"] > 0
     assert len(report["linears"]) == 7
     for linear in report["linears"]:
-        assert linear.keys() == {"name", "loss", "damp", "seconds"}
-        assert linear["loss"] is None if method == "rtn" else linear["loss"] > 0
+        assert linear.keys() == {"name", "loss", "rtn_loss", "damp", "dead", "seconds"}
+        assert linear["dead"] == 0
+        assert linear["loss"] is None if method == "rtn" else linear["rtn_loss"] > linear["loss"] > 0
     written = json.loads((out / "quantize_config.json").read_text())
     assert (written["bits"], written["group_size"], written["sym"], written["desc_act"]) == (4, 32, False, False)
 
