@@ -306,4 +306,9 @@ def test_six_branches_of_a_real_model_with_one_worker_killed(smollm2, data_dir, 
         size = (tmp_path / "out" / name / "model.safetensors").stat().st_size
         assert size == sizes(LlamaConfig.from_folder(smollm2), quantization).file
         measured = json.loads((tmp_path / "out" / name / "quantize_config.json").read_text())["meta"]["perplexity"]
-        assert 5 < measured["unquantised"] < measured["perplexity"] < 60
+        before, after = measured["unquantised"], measured["perplexity"]
+        assert 5 < before < 60
+        if quantization.bits == 8:  # so little is lost that a short text may gain by chance
+            assert after == pytest.approx(before, rel=0.01)
+        else:
+            assert before < after < 60
