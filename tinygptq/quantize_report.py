@@ -22,6 +22,7 @@ from tinygptq.placement import Host
 log = logging.getLogger("tinygptq")
 
 LOG_NAME = "quantize_log.csv"
+ROWS_COMPARED = 128  # of a linear, with rounding to nearest
 LOG_COLUMNS = ("block", "linear", "loss", "rtn_loss", "loss_over_rtn", "damp_percent", "dead_inputs", "seconds")
 FEW_SAMPLES = 64  # below it a warning; the GPTQ paper calibrates on 128
 
@@ -30,7 +31,8 @@ FEW_SAMPLES = 64  # below it a warning; the GPTQ paper calibrates on 128
 class LinearReport:
     """How one linear fared.
 
-    loss: as in :class:`tinygptq.gptq.Solution`. rtn_loss: the same of the same weights rounded to nearest, on min-max grids.
+    loss: as in :class:`tinygptq.gptq.Solution`. rtn_loss: the same of the same weights rounded to nearest, on min-max grids,
+    estimated from some 128 rows.
     damp: the damping actually used. dead: inputs that were zero in all of the calibration text. seconds: of solving. All
     but seconds are NaN or 0 for rounding to nearest, which sees no text.
     """
@@ -66,9 +68,13 @@ class LinearReport:
 def rounding_loss(W: np.ndarray, H: np.ndarray, factor: Factor, config: QuantizeConfig, place: Host) -> float:
     """The loss that rounding to nearest has under the same damped H; `gptq.round_to_nearest` says the same in float64.
 
+    It is measured on ROWS_COMPARED rows or a few more, spread evenly, and scaled up: all of them would take a tenth of the
+    whole run on a processor, for a figure that is only looked at.
+
     Args: W: float32 [out, in]. H: undamped, float32 [in, in]. factor: what `gptq.prepare` made of it. NumPy or CuPy arrays.
     """
     xp, size, losses = array_module(W), config.rows_per_group(W.shape[1]), {}
+    all_rows, W = len(W), xp.ascontiguousarray(W[:: max(1, len(W) // ROWS_COMPARED)])
     grids = place.static_grids(W, config)  # scales and zeros, each (out, G)
     if W.shape[1] % size:
         grids, size = tuple(xp.repeat(grid, size, axis=1)[:, : W.shape[1]] for grid in grids), 1
@@ -86,7 +92,7 @@ def rounding_loss(W: np.ndarray, H: np.ndarray, factor: Factor, config: Quantize
         losses[rows.start] = changed.sum(dtype=np.float64)
 
     place.share(len(W), W.size * W.shape[1], part)
-    return float(sum(losses[start] for start in sorted(losses))) / 2
+    return float(sum(losses[start] for start in sorted(losses))) / 2 * all_rows / len(W)
 
 
 def write_log(reports: Sequence[LinearReport], folder: Path) -> None:
