@@ -1,4 +1,4 @@
-"""What the engine is predicted to take of a GPU, beside arrays laid out on the host; and what is said when it is too much."""
+"""What the GPU's engine is predicted to take, beside arrays laid out on the host; what is said when it is too much."""
 
 from __future__ import annotations
 
