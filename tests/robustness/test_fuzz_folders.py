@@ -22,6 +22,7 @@ from golden import writers
 from golden.writers import random_model
 from helpers import random_llama_folder
 
+from tinygptq import threads
 from tinygptq.checkpoint import load_checkpoint
 from tinygptq.errors import TinyGPTQError
 from tinygptq.inspect_folder import as_dict, as_text, inspect_folder
@@ -41,6 +42,7 @@ ODD_VALUES: tuple[Any, ...] = (
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> list[Path]:
     """Folders of several generations, dense ones, sharded ones."""
+    threads.share(1, 0, lambda rows: None)  # what it looks up once, it reads from outside the folders
     root = tmp_path_factory.mktemp("bases")
     for name, writer in writers.WRITERS.items():
         model = random_model(3 if "3" in name else 4, -1 if writer.one_group_only else 32, sym=writer.sym_only,
