@@ -18,6 +18,7 @@ from tinygptq.config import LlamaConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels.cuda.layout import DeviceLinear, to_device
 from tinygptq.kernels.cuda.runtime import cupy
+from tinygptq.ops import to_numpy
 from tinygptq.packing import PackedLinear
 from tinygptq.weights import DenseLinear, Linear, Weights
 
@@ -205,7 +206,7 @@ def input_order(product: Product) -> np.ndarray:
     """Where each input goes so that the product finds it in the order of its rows: int32 [K], the inverse of its perm."""
     if product.perm is None:
         return np.arange(product.in_features, dtype=np.int32)
-    perm = product.perm.get() if hasattr(product.perm, "get") else product.perm
+    perm = to_numpy(product.perm)
     order = np.empty_like(perm)
     order[perm] = np.arange(len(perm), dtype=perm.dtype)
     return order
