@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tinygptq.errors import TinyGPTQError
 from tinygptq.evaluate import perplexity_of
 from tinygptq.model import Llama
+from tinygptq.ops import array_module, to_numpy
 from tinygptq.tokenizer import Tokenizer
 
 ROWS_AT_ONCE = 128  # positions whose logits of both models are formed together
@@ -104,9 +105,10 @@ def _side_by_side(a: Llama, b: Llama, ids: np.ndarray, totals: _Totals) -> tuple
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float32 [T, vocab] -> float64 [T, vocab]."""
+    """float32 [T, vocab] -> float64 [T, vocab], where the logits are."""
+    xp = array_module(logits)
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted - xp.log(xp.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 class _Totals:
@@ -122,21 +124,22 @@ class _Totals:
     def add_hidden(self, index: int, a: np.ndarray, b: np.ndarray) -> None:
         if a.shape != b.shape:
             raise TinyGPTQError(f"the models cannot be compared: hidden sizes {a.shape[-1]} and {b.shape[-1]}")
-        self._errors[index] += np.sum((b.astype(np.float64) - a) ** 2)
-        self._sizes[index] += np.sum(a.astype(np.float64) ** 2)
+        self._errors[index] += float(((b.astype(np.float64) - a) ** 2).sum())
+        self._sizes[index] += float((a.astype(np.float64) ** 2).sum())
 
     def add(self, log_a: np.ndarray, log_b: np.ndarray, targets: np.ndarray, position: int) -> None:
         """Log-probabilities float64 [T, vocab] of tokens int [T], the first of which is predicted at ``position``."""
-        rows = np.arange(len(targets))
-        kl = np.maximum((np.exp(log_a) * (log_a - log_b)).sum(axis=-1), 0.0)  # rounding can take a zero below zero
-        self._nats[0] -= log_a[rows, targets].sum()
-        self._nats[1] -= log_b[rows, targets].sum()
-        top_a, top_b = log_a.argmax(axis=-1), log_b.argmax(axis=-1)
+        xp, rows = array_module(log_a), np.arange(len(targets))
+        kl = to_numpy((xp.exp(log_a) * (log_a - log_b)).sum(axis=-1)).clip(0.0)  # rounding can take a zero below zero
+        self._nats[0] -= float(log_a[xp.asarray(rows), xp.asarray(targets)].sum())
+        self._nats[1] -= float(log_b[xp.asarray(rows), xp.asarray(targets)].sum())
+        top_a, top_b = to_numpy(log_a.argmax(axis=-1)), to_numpy(log_b.argmax(axis=-1))
+        likely_a, likely_b = to_numpy(xp.exp(log_a.max(axis=-1))), to_numpy(xp.exp(log_b.max(axis=-1)))
         self._agreed += int((top_a == top_b).sum())
         self._kl.append(kl)
         for i in np.argsort(kl)[::-1][: self._most]:
             found = (float(kl[i]), position + int(i), int(targets[i]), int(top_a[i]), int(top_b[i]),
-                     float(np.exp(log_a[i, top_a[i]])), float(np.exp(log_b[i, top_b[i]])))  # fmt: skip
+                     float(likely_a[i]), float(likely_b[i]))  # fmt: skip
             heapq.heappush(self._worst, found)
             if len(self._worst) > self._most:
                 heapq.heappop(self._worst)

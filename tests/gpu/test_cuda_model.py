@@ -7,6 +7,7 @@ import pytest
 import random_models
 
 from tinygptq import evaluate
+from tinygptq.compare import compare
 from tinygptq.engine import CpuEngine
 from tinygptq.scoring import Request, Scorer
 
@@ -42,3 +43,17 @@ def test_scores_behind_a_shared_beginning(models):
     requests = [Request((*start, *rng.integers(0, config.vocab_size, 3).tolist()), (1 + n, 2)) for n in range(5)]
     expected, found = (Scorer(model).score(requests) for model in (cpu, gpu))
     assert [one.logprob for one in found] == pytest.approx([one.logprob for one in expected], rel=1e-2, abs=2e-2)
+
+
+def test_compared_there_as_here(models):
+    from tinygptq.cuda.engine import CudaEngine
+
+    config, cpu, gpu = models
+    other = random_models.weights(config, 4, perm=False, seed=4)
+    ids = np.random.default_rng(8).integers(0, config.vocab_size, 160)
+    here = compare(cpu, CpuEngine(config, other).model, ids, None, seqlen=40, worst=0)
+    there = compare(gpu, CudaEngine(config, other, 40).model, ids, None, seqlen=40, worst=0)
+    assert here.kl_mean > 0.1
+    assert there.kl_mean == pytest.approx(here.kl_mean, rel=2e-2)
+    assert there.perplexity_b == pytest.approx(here.perplexity_b, rel=5e-3)
+    assert there.hidden_error == pytest.approx(here.hidden_error, rel=2e-2, abs=1e-6)
