@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +30,7 @@ class Engine(Protocol):
         """Append one token; the logits after it, float32 [vocab], valid until the next call."""
 
 
+@runtime_checkable
 class DrawingEngine(Engine, Protocol):
     """An engine that can draw tokens itself, ahead of whoever reads them."""
 
@@ -41,9 +41,16 @@ class DrawingEngine(Engine, Protocol):
         """Draw up to ``most`` tokens after the last logits; each counts as appended once the next has come."""
 
 
-def can_draw(engine: Engine, sampler: Sampler) -> bool:
-    """Whether ``engine`` is a :class:`DrawingEngine` that serves these settings."""
-    return hasattr(engine, "draw_ahead") and engine.can_draw(sampler)
+@runtime_checkable
+class BatchEngine(DrawingEngine, Protocol):
+    """An engine that decodes up to ``rows`` sequences together."""
+
+    rows: int
+
+    def generate_batch(
+        self, prompts: Sequence[Sequence[int]], samplers: Sequence[Sampler], most: int, eos_token_ids: tuple[int, ...]
+    ) -> list[list[int]]:
+        """The new token ids of each, at most ``most``; each stops on its own."""
 
 
 class PrefixEngine:
@@ -80,12 +87,12 @@ class PrefixEngine:
         return next((i for i, (old, new) in enumerate(zip(known, ids, strict=False)) if old != new), len(known))
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
-        ids = [int(token) for token in ids]
-        kept = self.common(ids, self._position)
+        tokens = [int(token) for token in ids]
+        kept = self.common(tokens, self._position)
         self._cut(self._position + kept)
-        logits = self.inner.prefill(np.asarray(ids[kept:]))
-        self._held += ids[kept:]
-        self._position += len(ids)
+        logits = self.inner.prefill(np.asarray(tokens[kept:]))
+        self._held += tokens[kept:]
+        self._position += len(tokens)
         return logits
 
     def decode(self, token: int) -> np.ndarray:
@@ -96,9 +103,10 @@ class PrefixEngine:
         return logits
 
     def can_draw(self, sampler: Sampler) -> bool:
-        return can_draw(self.inner, sampler)
+        return isinstance(self.inner, DrawingEngine) and self.inner.can_draw(sampler)
 
     def draw_ahead(self, sampler: Sampler, most: int) -> Iterator[int]:
+        assert isinstance(self.inner, DrawingEngine)  # for can_draw was asked
         self._cut(self._position)
         last = None
         for token in self.inner.draw_ahead(sampler, most):
@@ -131,8 +139,11 @@ def generate_ids(
     sampler.observe(list(prompt))
     engine.reset()
     logits = engine.prefill(np.asarray(prompt))
-    draws = engine.draw_ahead if can_draw(engine, sampler) else functools.partial(_draws, engine, logits)
-    for token in draws(sampler, max_new_tokens):
+    if isinstance(engine, DrawingEngine) and engine.can_draw(sampler):
+        draws = engine.draw_ahead(sampler, max_new_tokens)
+    else:
+        draws = _draws(engine, logits, sampler, max_new_tokens)
+    for token in draws:
         if token in eos_token_ids:
             return
         yield token
@@ -144,20 +155,17 @@ def generate_batch(
 ) -> list[list[int]]:  # fmt: skip
     """The new token ids of several prompts, each as from :func:`generate_ids`; decoded together where the engine can."""
     engine.forget()
-    inner = engine.inner
-    rows = inner.rows if hasattr(inner, "generate_batch") and all(inner.can_draw(sampler) for sampler in samplers) else 1
-    if rows == 1:
-        found = []
-        for prompt, sampler in zip(prompts, samplers, strict=True):
-            found.append(list(generate_ids(engine, prompt, sampler, most, eos_token_ids)))
-            engine.forget()
+    inner, found = engine.inner, []
+    if isinstance(inner, BatchEngine) and inner.rows > 1 and all(inner.can_draw(sampler) for sampler in samplers):
+        for first in range(0, len(prompts), inner.rows):
+            some = prompts[first : first + inner.rows], samplers[first : first + inner.rows]
+            for prompt, sampler in zip(*some, strict=True):
+                sampler.observe(list(prompt))
+            found += inner.generate_batch(*some, most, eos_token_ids)
         return found
-    found = []
-    for first in range(0, len(prompts), rows):
-        some = prompts[first : first + rows], samplers[first : first + rows]
-        for prompt, sampler in zip(*some, strict=True):
-            sampler.observe(list(prompt))
-        found += inner.generate_batch(*some, most, eos_token_ids)
+    for prompt, sampler in zip(prompts, samplers, strict=True):
+        found.append(list(generate_ids(engine, prompt, sampler, most, eos_token_ids)))
+        engine.forget()
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,10 @@ from tinygptq.ops import to_numpy
 from tinygptq.sampling import Sampler, SamplingParams
 from tinygptq.scoring import LogLikelihood, Scorer, encode_pair
 from tinygptq.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tinygptq.cuda.engine import CudaEngine
+    from tinygptq.engine import CpuEngine
 
 DEVICES = ("cpu", "cuda")
 SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")  # of sampling, as generation_config.json names them
@@ -35,6 +40,7 @@ class LanguageModel:
     ) -> None:
         self.checkpoint, self.config, self.quantization = checkpoint, checkpoint.config, checkpoint.quantization
         self.defaults = GenerationConfig.from_folder(checkpoint.folder, checkpoint.config)
+        self.engine: CpuEngine | CudaEngine
         if device == "cuda":
             from tinygptq.cuda.engine import CudaEngine  # only here: it needs the extra [cuda]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from tinygptq import threads
@@ -25,7 +27,7 @@ class Hessian:
         self.in_features = in_features
         self.dtype = np.dtype(dtype)
         self.n_samples = 0
-        self._sum = None  # sum of x x^T so far, [in, in]
+        self._sum: Any = None  # sum of x x^T so far, [in, in]
 
     def add(self, X: np.ndarray) -> None:
         """Add activations ``X [B, T, in]`` (B sequences) or ``[T, in]`` (one); an empty batch changes nothing.
