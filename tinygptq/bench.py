@@ -183,7 +183,8 @@ class _Gpu:
     def __init__(self, model: LanguageModel) -> None:
         from tinygptq.kernels.cuda.runtime import cupy
 
-        self.engine, self.cp = model.engine, cupy()
+        self.engine: Any = model.engine  # a CudaEngine
+        self.cp = cupy()
 
     def name(self) -> str:
         return self.cp.cuda.runtime.getDeviceProperties(self.cp.cuda.Device().id)["name"].decode()
