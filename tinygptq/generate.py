@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -48,9 +49,10 @@ class BatchEngine(DrawingEngine, Protocol):
     rows: int
 
     def generate_batch(
-        self, prompts: Sequence[Sequence[int]], samplers: Sequence[Sampler], most: int, eos_token_ids: tuple[int, ...]
-    ) -> list[list[int]]:
-        """The new token ids of each, at most ``most``; each stops on its own."""
+        self, prompts: Sequence[Sequence[int]], samplers: Sequence[Sampler], most: int, eos_token_ids: tuple[int, ...],
+        ended: Callable[[int, int], bool] | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """The new token ids of each, at most ``most``; each stops on its own, also once ``ended(number, token)`` says so."""
 
 
 class PrefixEngine:
@@ -151,22 +153,42 @@ def generate_ids(
 
 def generate_batch(
     engine: PrefixEngine, prompts: Sequence[Sequence[int]], samplers: Sequence[Sampler], most: int,
-    eos_token_ids: tuple[int, ...],
+    eos_token_ids: tuple[int, ...], ended: Callable[[int, int], bool] | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """The new token ids of several prompts, each as from :func:`generate_ids`; decoded together where the engine can."""
-    engine.forget()
-    inner, found = engine.inner, []
-    if isinstance(inner, BatchEngine) and inner.rows > 1 and all(inner.can_draw(sampler) for sampler in samplers):
-        for first in range(0, len(prompts), inner.rows):
-            some = prompts[first : first + inner.rows], samplers[first : first + inner.rows]
+    """The new token ids of several prompts, each as from :func:`generate_ids`; decoded together where the engine can.
+
+    Args:
+        ended: is told each prompt's number and newest token, and says whether that prompt has what it wants.
+    """
+    found: list[list[int]] = []
+    rows, inner = batch_rows(engine, samplers), engine.inner
+    if rows > 1:
+        assert isinstance(inner, BatchEngine)
+        engine.forget()
+        for first in range(0, len(prompts), rows):
+            some = prompts[first : first + rows], samplers[first : first + rows]
             for prompt, sampler in zip(*some, strict=True):
                 sampler.observe(list(prompt))
-            found += inner.generate_batch(*some, most, eos_token_ids)
+            stop = None if ended is None else functools.partial(_from, first, ended)
+            found += inner.generate_batch(*some, most, eos_token_ids, stop)
         return found
-    for prompt, sampler in zip(prompts, samplers, strict=True):
-        found.append(list(generate_ids(engine, prompt, sampler, most, eos_token_ids)))
-        engine.forget()
+    for number, (prompt, sampler) in enumerate(zip(prompts, samplers, strict=True)):
+        found.append([])
+        for token in generate_ids(engine, prompt, sampler, most, eos_token_ids):
+            found[-1].append(token)
+            if ended is not None and ended(number, token):
+                break
     return found
+
+
+def batch_rows(engine: PrefixEngine, samplers: Sequence[Sampler]) -> int:
+    """How many sequences the engine decodes together with these settings."""
+    inner = engine.inner
+    return inner.rows if isinstance(inner, BatchEngine) and all(inner.can_draw(sampler) for sampler in samplers) else 1
+
+
+def _from(first: int, ended: Callable[[int, int], bool], number: int, token: int) -> bool:
+    return ended(first + number, token)
 
 
 def _draws(engine: Engine, logits: np.ndarray, sampler: Sampler, most: int) -> Iterator[int]:
@@ -215,6 +237,31 @@ class StopStrings:
     def _cut(self, at: int) -> str:
         text, self._held, self.found = self._held[:at], "", True
         return text
+
+
+class StoppedText:
+    """A text as its tokens come, which ends where the first stop string begins.
+
+    Args:
+        decoder: with ``push(token)`` and ``flush()``, each a str (`tokenizer.Tokenizer.stream`).
+    """
+
+    def __init__(self, decoder: Any, stops: Sequence[str]) -> None:
+        self._decoder, self._stops, self._text = decoder, StopStrings(stops), ""
+
+    def push(self, token: int) -> bool:
+        """Whether the text has ended; what comes after that is passed over."""
+        if not self._stops.found:
+            self._text += self._stops.push(self._decoder.push(token))
+        return self._stops.found
+
+    def whole(self) -> str:
+        """The text, when no further token comes."""
+        if not self._stops.found:
+            self._text += self._stops.push(self._decoder.flush())
+        if not self._stops.found:
+            self._text += self._stops.flush()
+        return self._text
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -7,13 +7,15 @@ truncation from the left, the same stop rules. What requests share is computed o
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.generate import StopStrings, generate_ids
+from tinygptq.generate import StoppedText, batch_rows, generate_batch
 from tinygptq.language_model import LanguageModel
 from tinygptq.sampling import Sampler, SamplingParams
 from tinygptq.scoring import MAX_BATCH, Request, Scorer, prefix_token
@@ -106,35 +108,49 @@ class Adapter:
     # ------------------------------------------------------------------ generating
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context until one of its stop strings; neighbours in sorted order share their beginnings."""
+        """Continue each context until one of its stop strings; neighbours in sorted order share their beginnings.
+
+        On a GPU as many as the engine has rows are answered together.
+        """
         ids = [self.tok_encode(request.args[0]) for request in requests]
+        wanted = [self._wanted(request.args[1]) for request in requests]
         texts = [""] * len(requests)
-        order = sorted(range(len(requests)), key=lambda index: ids[index])
-        for index in tqdm(order, desc="generating", unit="request", disable=disable_tqdm or None):
-            texts[index] = self._generate(ids[index], requests[index].args[1], seed=index)
-            self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
+        alike = sorted(range(len(requests)), key=lambda index: (repr(wanted[index]), ids[index]))
+        with tqdm(total=len(requests), desc="generating", unit="request", disable=disable_tqdm or None) as bar:
+            for want, group in itertools.groupby(alike, key=lambda index: wanted[index]):
+                some, rows = list(group), self._rows(want)
+                for batch in (some[first : first + rows] for first in range(0, len(some), rows)):
+                    for index, text in zip(batch, self._generate([ids[index] for index in batch], want, batch), strict=True):
+                        texts[index] = text
+                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                    bar.update(len(batch))
         return texts
 
-    def _generate(self, ids: list[int], settings: dict[str, Any], seed: int) -> str:
-        settings, engine = dict(settings), self.model.sequence
+    def _wanted(self, settings: dict[str, Any]) -> _Wanted:
+        settings = dict(settings)
         until = settings.pop("until", None) or []
         given = [settings.pop(name, None) for name in LIMITS]
         most = next((int(value) for value in given if value is not None), MAX_GEN_TOKS)
-        room = min(self.max_length, engine.capacity) - most
+        room = min(self.max_length, self.model.sequence.capacity) - most
         if room < 1:
             raise TinyGPTQError(f"a task asks for {most} new tokens, which leave no room for a prompt in a context of "
                                 f"{self.max_length}; give --gen-kwargs max_gen_toks=N")  # fmt: skip
-        defaults, tokenizer = self.model.defaults, self.model.tokenizer
-        sampler = Sampler(_sampling(settings, defaults), self.model.config.vocab_size, defaults.eos_token_ids, seed)
-        stops = StopStrings([until] if isinstance(until, str) else list(until))
-        decoder = tokenizer.stream()  # as when the answer is decoded alone: LLaMA's tokenizers then drop its first space
-        text = ""
-        for token in generate_ids(engine, ids[-room:], sampler, most, defaults.eos_token_ids):
-            text += stops.push(decoder.push(token))
-            if stops.found:
-                return text
-        text += stops.push(decoder.flush())
-        return text if stops.found else text + stops.flush()
+        stops = (until,) if isinstance(until, str) else tuple(until)
+        return _Wanted(_sampling(settings, self.model.defaults), stops, most, room)
+
+    def _rows(self, want: _Wanted) -> int:
+        return batch_rows(self.model.sequence, [self._sampler(want, seed=0)])
+
+    def _sampler(self, want: _Wanted, seed: int) -> Sampler:
+        return Sampler(want.params, self.model.config.vocab_size, self.model.defaults.eos_token_ids, seed)
+
+    def _generate(self, prompts: Sequence[list[int]], want: _Wanted, seeds: Sequence[int]) -> list[str]:
+        # decoded as when an answer is decoded alone: LLaMA's tokenizers then drop its first space
+        answers = [StoppedText(self.model.tokenizer.stream(), want.stops) for _ in prompts]
+        cut, samplers = [ids[-want.room :] for ids in prompts], [self._sampler(want, seed) for seed in seeds]
+        generate_batch(self.model.sequence, cut, samplers, want.most, self.model.defaults.eos_token_ids,
+                       lambda number, token: answers[number].push(token))  # fmt: skip
+        return [answer.whole() for answer in answers]
 
     # ------------------------------------------------------------------ chat templates
 
@@ -167,6 +183,16 @@ class Adapter:
             raise TinyGPTQError(f"{self.model.checkpoint.folder}: the folder has no chat template; name one, as in "
                                 "--apply-chat-template tulu")  # fmt: skip
         return self.model.tokenizer.chat_template
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """How a task wants a context continued: stop strings, ``most`` new tokens after ``room`` tokens of context at most."""
+
+    params: SamplingParams
+    stops: tuple[str, ...]
+    most: int
+    room: int
 
 
 def _sampling(settings: dict[str, Any], defaults: Any) -> SamplingParams:

@@ -13,7 +13,7 @@ from tinygptq import evaluate
 from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import GenerationConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.generate import PrefixEngine, StopStrings, generate_batch, generate_ids
+from tinygptq.generate import PrefixEngine, StoppedText, StopStrings, generate_batch, generate_ids
 from tinygptq.hub import resolve
 from tinygptq.ops import to_numpy
 from tinygptq.sampling import Sampler, SamplingParams
@@ -127,8 +127,11 @@ class LanguageModel:
         ids = [self._encode(prompt) for prompt in prompts]
         seeds = [None if seed is None else seed + number for number in range(len(ids))]
         samplers = [self._sampler(one, min_new_tokens, settings) for one in seeds]
-        tokens = generate_batch(self.sequence, ids, samplers, max_new_tokens, self.defaults.eos_token_ids)
-        return ["".join(_text(iter(found), self.tokenizer, stop, len(found))) for found in tokens]
+        texts = [StoppedText(self.tokenizer.stream(continues=True), (stop,) if isinstance(stop, str) else stop) for _ in ids]
+        self.sequence.forget()
+        generate_batch(self.sequence, ids, samplers, max_new_tokens, self.defaults.eos_token_ids,
+                       lambda number, token: texts[number].push(token))  # fmt: skip
+        return [text.whole() for text in texts]
 
     def generate(self, prompt: str | Sequence[int], **settings) -> str:
         """The whole continuation of ``prompt``; settings as for :meth:`stream`."""

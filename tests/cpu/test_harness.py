@@ -124,6 +124,36 @@ def test_greedy_answers_end_before_their_stop_strings(adapter):
     assert [kind for kind, _, _ in adapter.cache_hook.seen] == ["generate_until"] * 3
 
 
+def test_answers_given_together_are_those_given_one_by_one(adapter, embedded, monkeypatch):
+    """Requests of different settings are kept apart; each text ends at its own stop string."""
+    requests = [
+        asked(OPENING, {"until": ["."], "max_gen_toks": 30}),
+        asked("The cat", {"until": [], "max_gen_toks": 9}),
+        asked("Lily wanted", {"until": ["."], "max_gen_toks": 30}),
+        asked("Tom", {"until": ["."], "max_gen_toks": 30}),
+    ]
+    alone = adapter.generate_until(requests, disable_tqdm=True)
+    engine, plain, batches = adapter.model.engine, tinygptq.load(embedded).engine, []
+
+    def together(prompts, samplers, most, eos_token_ids, ended):
+        batches.append(len(prompts))
+        found = []
+        for number, (prompt, sampler) in enumerate(zip(prompts, samplers, strict=True)):
+            found.append([])
+            for token in generate_ids(plain, prompt, sampler, most, eos_token_ids):
+                found[-1].append(token)
+                if ended(number, token):
+                    break
+        return found
+
+    monkeypatch.setattr(engine, "rows", 2, raising=False)
+    monkeypatch.setattr(engine, "can_draw", lambda sampler: True, raising=False)
+    monkeypatch.setattr(engine, "draw_ahead", lambda sampler, most: iter(()), raising=False)
+    monkeypatch.setattr(engine, "generate_batch", together, raising=False)
+    assert adapter.generate_until(requests, disable_tqdm=True) == alone
+    assert sorted(batches) == [1, 1, 2]
+
+
 def test_sampling_differs_between_requests_and_repeats_itself(adapter):
     requests = [asked(OPENING, {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.5})] * 3
     texts = adapter.generate_until(requests, disable_tqdm=True)

@@ -90,6 +90,15 @@ def test_the_pipeline_returns_what_model_cards_print(model):
     assert found["generated_text"][len(OPENING) :].startswith(short["generated_text"])
 
 
+def test_a_batch_is_what_each_prompt_gets_alone(model):
+    prompts = ["Once upon a time", "The cat", "Lily wanted"]
+    settings = {"max_new_tokens": 12, "temperature": 0.9, "top_k": 20}
+    texts = model.generate_batch(prompts, seed=5, stop=["."], **settings)
+    assert texts == [model.generate(prompt, seed=5 + n, stop=["."], **settings) for n, prompt in enumerate(prompts)]
+    with pytest.raises(TinyGPTQError, match="'heat' is no setting"):
+        model.generate_batch(prompts, heat=1.0)
+
+
 def test_sampling_settings_arrive(model):
     settings = dict(max_new_tokens=24, temperature=0.9, top_p=0.9, top_k=30, repetition_penalty=1.2, seed=3)
     pipe = tinygptq.pipeline(model)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.generate import StopStrings, generate_ids
+from tinygptq.generate import PrefixEngine, StoppedText, StopStrings, generate_batch, generate_ids
 from tinygptq.sampling import Sampler, SamplingParams
 
 VOCAB = 10
@@ -37,6 +39,36 @@ class CountingEngine:
     def _logits(self) -> np.ndarray:
         assert len(self.fed) <= self.capacity
         return np.eye(VOCAB, dtype=np.float32)[(self.fed[-1] + 1) % VOCAB]
+
+
+class ThreeAtOnce(CountingEngine):
+    """The same for up to three sequences together."""
+
+    rows = 3
+
+    def truncate(self, length: int) -> None:
+        del self.fed[length:]
+
+    def can_draw(self, sampler: Sampler) -> bool:
+        return sampler.params.temperature == 0.0
+
+    def draw_ahead(self, sampler: Sampler, most: int):
+        for step in range(most):
+            yield (self.fed[-1] + 1 + step) % VOCAB
+
+    def generate_batch(self, prompts, samplers, most, eos_token_ids, ended=None) -> list[list[int]]:
+        assert len(prompts) <= self.rows
+        self.calls.append(f"batch of {len(prompts)}")
+        found: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        for step in range(most):
+            for row in sorted(running):
+                token = (prompts[row][-1] + 1 + step) % VOCAB
+                if token not in eos_token_ids:
+                    found[row].append(token)
+                if token in eos_token_ids or (ended is not None and ended(row, token)):
+                    running.discard(row)
+        return found
 
 
 def run(prompt, max_new_tokens, eos=(), capacity=100, engine=None, **params) -> list[int]:
@@ -101,6 +133,52 @@ def test_tokens_come_one_at_a_time():
 
 
 # ---------------------------------------------------------------------------------------------------- stop strings
+
+
+@pytest.mark.parametrize(("temperature", "batches"), [(0.0, ["batch of 3", "batch of 2"]), (1e-4, [])])
+def test_prompts_are_answered_together_where_the_engine_can(temperature, batches):
+    """With a temperature this engine cannot draw, so that the prompts take turns; the answers are the same."""
+    inner = ThreeAtOnce()
+    engine = PrefixEngine(inner, SimpleNamespace(rope_scaling=None))
+    samplers = [Sampler(SamplingParams(temperature=temperature), VOCAB, (), seed=n) for n in range(5)]
+    heard: list[tuple[int, int]] = []
+
+    def ended(number: int, token: int) -> bool:
+        heard.append((number, token))
+        return number == 4 and token == 1
+
+    found = generate_batch(engine, [[1], [2, 3], [4], [5], [8]], samplers, 4, (6,), ended)
+    assert found == [[2, 3, 4, 5], [4, 5], [5], [], [9, 0, 1]]
+    assert [call for call in inner.calls if call.startswith("batch")] == batches
+    assert [token for number, token in heard if number == 4] == [9, 0, 1]
+
+
+class Letters:
+    """A decoder that holds every other letter back."""
+
+    def __init__(self) -> None:
+        self.held = ""
+
+    def push(self, token: int) -> str:
+        self.held += chr(token)
+        if len(self.held) < 2:
+            return ""
+        text, self.held = self.held, ""
+        return text
+
+    def flush(self) -> str:
+        text, self.held = self.held, ""
+        return text
+
+
+@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=2))
+def test_a_stopped_text_is_what_comes_before_the_first_stop(text, stops):
+    answer = StoppedText(Letters(), stops)
+    ended = [answer.push(ord(letter)) for letter in text]
+    cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+    assert answer.whole() == text[:cut]
+    assert answer.whole() == text[:cut]  # asking twice changes nothing
+    assert cut is not None or not any(ended)
 
 
 def stopped(pieces: list[str], stops: list[str]) -> tuple[str, bool]:

@@ -118,6 +118,9 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone():
         alone = gpu.generate_batch([prompt], [Sampler(params, config.vocab_size, (3,), seed=n)], 12, (3,))
         assert together[n] == alone[0]
         assert len(together[n]) <= min(12, 40 - len(prompt))
+    samplers = [Sampler(params, config.vocab_size, (3,), seed=n) for n in range(3)]
+    cut = gpu.generate_batch(prompts, samplers, 12, (3,), lambda row, token: row == 1 and token == together[1][2])
+    assert cut == [together[0], together[1][: together[1].index(together[1][2]) + 1], together[2]]
 
 
 def test_broken_logits_end_in_one_line():

@@ -21,7 +21,8 @@ def register(command) -> None:
     add("--list", action="store_true", help="list the suites and stop")
     add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: as the task or suite says)")
     add("--limit", type=float, metavar="N", help="only the first N documents of a task, or that share of them if below 1")
-    add("--batch-size", type=int, metavar="N", help="sequences scored in one pass at most (default: as many as pay)")
+    add("--batch-size", type=int, metavar="N", help="sequences scored in one pass at most (default: as many as pay), and "
+        "on a GPU answered together, 16 at most (default: 1, for each takes a cache of its own)")
     add("--apply-chat-template", nargs="?", const="folder", metavar="NAME", help="write prompts as conversations, in the "
         "folder's chat template or a named one")
     add("--system", metavar="TEXT", help="a system message")
@@ -66,7 +67,8 @@ def _eval(args: argparse.Namespace) -> None:
     )
     if options.limit is not None and options.limit <= 0:
         raise TinyGPTQError(f"--limit is {options.limit:g}, expected more than 0")
-    model = load(args.model, device=args.device, revision=args.revision)
+    rows = min(max(args.batch_size or 1, 1), 16) if args.device == "cuda" else 1
+    model = load(args.model, device=args.device, revision=args.revision, rows=rows)
     outcome = run_tasks(model, names, options, args.output)
     if args.json:
         print(json.dumps({name: {key: found.get(key) for key in ("results", "groups", "n-samples", "n-shot", "versions")}
