@@ -23,10 +23,11 @@ from tinygptq.checkpoint import Checkpoint
 from tinygptq.config import LlamaConfig, QuantizeConfig
 from tinygptq.export import gptq_tensors
 from tinygptq.gptq import Hessian, Solution
+from tinygptq.gptq.drift import Cross
 from tinygptq.gptq_files import from_gptq
 from tinygptq.model import Llama
 from tinygptq.packing import PackedLinear
-from tinygptq.weights import Linear, Weights
+from tinygptq.weights import DenseLinear, Linear, Weights
 
 TOKENS_AT_ONCE = 8192  # calibration tokens that go through a stage together; enough to keep BLAS busy
 ROWS_AT_ONCE = 256  # of W, whose rounding errors are measured together, in the processor's cache
@@ -119,6 +120,10 @@ class Host:
     def hessian(self, in_features: int) -> Hessian:
         return Hessian(in_features)
 
+    def cross(self) -> Cross:
+        """What sums up how errors go together with inputs; nothing yet."""
+        return Cross()
+
     def weight(self, linear: Linear) -> np.ndarray:
         """W, float32 (out, in)."""
         return np.asarray(linear.weight, np.float32)
@@ -136,8 +141,12 @@ class Host:
         """A product of float32 matrices, for reports, within a part of `share`."""
         return a @ b
 
-    def replacement(self, solution: Solution, config: QuantizeConfig, bias: np.ndarray | None) -> Linear:
-        """What stands for a solved linear from now on; exactly what the file will hold."""
+    def teacher(self, name: str, linear: Linear) -> Linear:
+        """The unquantised linear ``name``, anew: what kernels prepare for it lasts as long as its block."""
+        return DenseLinear(linear.weight, linear.bias)
+
+    def replacement(self, name: str, solution: Solution, config: QuantizeConfig, bias: np.ndarray | None) -> Linear:
+        """What stands for the solved linear ``name`` from now on; exactly what the file will hold."""
         return packed(solution, config, bias)
 
     def tensors(self, solution: Solution, config: QuantizeConfig) -> Callable[[], dict[str, np.ndarray]]:

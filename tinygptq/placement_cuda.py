@@ -13,23 +13,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinygptq.checkpoint import Checkpoint
-from tinygptq.config import LlamaConfig, QuantizeConfig
+from tinygptq.config import RECIPES, LlamaConfig, QuantizeConfig, Recipe
 from tinygptq.errors import TinyGPTQError
 from tinygptq.export import gptq_tensors, solution_of
-from tinygptq.gptq import Hessian, Solution
+from tinygptq.gptq import Hessian, Solution, prepare, solve
+from tinygptq.gptq.drift import Cross
+from tinygptq.gptq.hessian import shrink
+from tinygptq.gptq.refine import refine
 from tinygptq.kernels.cuda import calibration, solver
 from tinygptq.kernels.cuda.cublas import Part, cublas
 from tinygptq.kernels.cuda.hessian import HalfHessian
 from tinygptq.kernels.cuda.runtime import cupy
+from tinygptq.kernels.cuda.transfer import BlockReader, HostBatches, block_linears, on_card, on_card_if_any
 from tinygptq.model import Llama
 from tinygptq.placement import TOKENS_AT_ONCE, Clock, Host
 from tinygptq.tensorfile import TensorFile
@@ -38,7 +41,8 @@ from tinygptq.weights import DenseLinear, Linear, Weights
 log = logging.getLogger("tinygptq")
 
 RESIDUAL = np.float16
-MODEST = 7.5e9  # bytes of the card up to which activations are kept, to save time
+EXACT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # rounded to fp16, they would change o_proj's codes
+MODEST = 7.5e9  # bytes of the card up to which activations are kept, to save time; for a recipe of two models so much each
 SPARE = 1e9  # of them, for what the memory pool cannot use
 BASE = 700 << 20  # of the card: CUDA's own, the libraries' code and workspaces, cuBLAS's and cuSOLVER's
 
@@ -81,6 +85,8 @@ class Card(Host):
         self._reader: BlockReader | None = None
         # bytes of the card in use throughout, and free at the start; whether it has no room for the residual stream
         self._used, self._most, self._on_host = 0.0, 0.0, False
+        self._recipe, self._modest = RECIPES["plain"], MODEST
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="tinygptq-warm-up")
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -94,6 +100,7 @@ class Card(Host):
         except cp.cuda.memory.OutOfMemoryError as error:
             raise TinyGPTQError(f"the GPU has too little memory ({error}); try fewer --nsamples") from None
         finally:
+            self._helper.shutdown(wait=True)
             if self._reader is not None:
                 self._reader.close()
             cp.cuda.set_allocator(allocator)
@@ -107,19 +114,35 @@ class Card(Host):
         return Llama(source.config, weights, calibration)
 
     def announce(self, source: Checkpoint, ids: np.ndarray | None, config: QuantizeConfig) -> None:
-        if getattr(config.recipe, "follows", False) or getattr(config.recipe, "refine", 0):
-            raise TinyGPTQError("a recipe that corrects drift or refines codes runs on the CPU; take 'fast' or 'plain' here")
-        stream = 0 if ids is None else stream_bytes(source.config, ids.size)
-        self._most = cupy().cuda.runtime.memGetInfo()[0]
+        if getattr(config.recipe, "outputs", 0):
+            raise TinyGPTQError("a recipe that looks at the outputs' gradients runs on the CPU; take 'fast' or 'plain' here")
+        self._recipe, models = config.recipe, 1 + config.recipe.follows
+        stream = 0 if ids is None else models * stream_bytes(source.config, ids.size)
+        self._most, self._modest = cupy().cuda.runtime.memGetInfo()[0], models * MODEST
         widths = {k for k, _ in source.config.linear_shapes().values()}
-        least = steady_bytes(source) + max(stage_bytes(source.config, k) for k in widths)
-        self._on_host = least + stream > self._most
-        self._used = steady_bytes(source) + (0 if self._on_host else stream)
+        stages = {k: stage_bytes(source.config, k, self._recipe) for k in widths}
+        steady = steady_bytes(source, self._recipe)
+        self._on_host = steady + max(stages.values()) + stream > self._most
+        self._used = steady + (0 if self._on_host else stream)
         kept = {k: min(max(self.room(k), 0), stream * k / source.config.hidden_size) for k in widths}
-        peak = max(self._used + stage_bytes(source.config, k) + kept[k] for k in widths)
-        cupy().get_default_memory_pool().set_limit(size=int(max(peak + SPARE, MODEST) - BASE))
+        peak = max(self._used + stages[k] + kept[k] for k in widths)
+        cupy().get_default_memory_pool().set_limit(size=int(max(peak + SPARE, self._modest) - BASE))
         log.info("memory: about %.1f GB on the GPU, of which %.1f GB are free, and %.1f GB on the host",
                  peak / 1e9, self._most / 1e9, (HOST_BASE + self._on_host * stream) / 1e9)  # fmt: skip
+        self._helper.submit(self._warm_up, config, cupy().cuda.Device())
+
+    def _warm_up(self, config: QuantizeConfig, device: Any) -> None:
+        """Solve something small while the first block's inputs are computed: a process that is the first on its machine
+        loads libraries and compiles kernels meanwhile, and would else wait ten seconds for them."""
+        cp = cupy()
+        with device, cp.cuda.Stream(non_blocking=True) as stream:
+            W = cp.eye(solver.B, dtype=np.float32)  # one block of columns: nothing goes through the main thread's cuBLAS
+            factor = prepare(shrink(W + 1, config.recipe.shrink), config, method=solver)
+            solution = solve(W, factor, config, method=solver)
+            if config.recipe.refine:
+                solution = refine(W, W + 1, solution, factor, config, method=solver)
+            solution.dequantize()
+            stream.synchronize()
 
     def embed(self, model: Llama, ids: np.ndarray) -> Any:
         cp, source = cupy(), self._source
@@ -153,10 +176,15 @@ class Card(Host):
         pool = cupy().get_default_memory_pool()
         if pool.free_bytes() > SPARE:  # pieces of other sizes than the coming stage needs
             pool.free_all_blocks()
-        return min(MODEST, self._most) - SPARE - self._used - stage_bytes(self._source.config, width)
+        stage = stage_bytes(self._source.config, width, self._recipe)
+        return min(self._modest, self._most) - SPARE - self._used - stage
 
     def hessian(self, in_features: int) -> Hessian:
         return HalfHessian(in_features)
+
+    def cross(self) -> Cross:
+        """In TF32: a sum over all tokens of products whose first factor is a difference that fp16 has rounded."""
+        return Cross(self.matmul)
 
     def weight(self, linear: Linear) -> Any:
         return linear.weight.astype(np.float32)
@@ -169,15 +197,25 @@ class Card(Host):
             part(slice(i, i + 2048))
 
     def matmul(self, a: Any, b: Any) -> Any:
-        """In TF32: 11 bits of each factor, enough for a report."""
-        out, sizes = cupy().empty((len(a), b.shape[1]), np.float32), (b.shape[1], len(a), a.shape[1])
-        a, b = (cupy().ascontiguousarray(array) for array in (a, b))
-        cublas().gemm(Part(b, b.shape[1]), Part(a, a.shape[1]), Part(out, b.shape[1]), sizes, self._main.ptr, tf32=True)
+        """In TF32, 11 bits of each factor."""
+        cp, (rows, inner), columns = cupy(), a.shape, b.shape[1]
+        a, b, out = cp.ascontiguousarray(a), cp.ascontiguousarray(b), cp.empty((rows, columns), np.float32)
+        parts, stream = (Part(b, columns), Part(a, inner), Part(out, columns)), cp.cuda.get_current_stream()
+        cublas().gemm(*parts, (columns, rows, inner), stream.ptr, tf32=True)
         return out
 
-    def replacement(self, solution: Solution, config: QuantizeConfig, bias: Any) -> Linear:
-        """Dense, in fp16: what ``scale * (code - zero)`` is, rounded once. It lasts as long as its block."""
-        return DenseLinear(solution.dequantize().astype(np.float16), bias)
+    def teacher(self, name: str, linear: Linear) -> Any:
+        """As exact as what replaces it, so that the difference between the two is quantisation's."""
+        if name.endswith(EXACT):
+            return calibration.SplitLinear(self.weight(linear), linear.bias)
+        return super().teacher(name, linear)
+
+    def replacement(self, name: str, solution: Solution, config: QuantizeConfig, bias: Any) -> Any:
+        """Dense: what ``scale * (code - zero)`` is, rounded to fp16 but for EXACT. It lasts as long as its block."""
+        weight = solution.dequantize()
+        if name.endswith(EXACT):
+            return calibration.SplitLinear(weight, bias)
+        return DenseLinear(weight.astype(np.float16), bias)
 
     def tensors(self, solution: Solution, config: QuantizeConfig) -> Callable[[], dict[str, np.ndarray]]:
         return functools.partial(self._packed, solution, config, self._main.record())
@@ -199,7 +237,7 @@ class Card(Host):
         hidden, tensors = self.embed(model, ids), TensorFile(folder / "model.safetensors")
         for layer in range(done):
             linears = {
-                name: self.replacement(read_solution(tensors, name, config), config, on_card_if_any(dense.bias))
+                name: self.replacement(name, read_solution(tensors, name, config), config, on_card_if_any(dense.bias))
                 for name, dense in block_linears(self._source, layer).items()
             }
             with self._in_place(model, linears):
@@ -222,114 +260,10 @@ def malloc(pool: Any, size: int) -> Any:
         return pool.malloc(size)
 
 
-class BlockReader:
-    """Reads one block's linears ahead, on a thread of its own, through a piece of page-locked memory."""
-
-    def __init__(self, source: Checkpoint, spent: Callable[[str, float], None]) -> None:
-        cp = cupy()
-        self._source, self._spent = source, spent
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tinygptq-read")
-        self._stream, self._device = cp.cuda.Stream(non_blocking=True), cp.cuda.Device()
-        largest = max(linear.weight.nbytes for linear in block_linears(source, 0).values())
-        self._staging = page_locked(largest, np.uint8)
-        self._begun: dict[int, tuple[dict[str, Any], Future[None]]] = {}
-
-    def start(self, layer: int) -> None:
-        """Begin to read a block. Called by the main thread, whose stream the arrays belong to."""
-        cp = cupy()
-        arrays = {}
-        for name, linear in block_linears(self._source, layer).items():
-            arrays[name] = cp.empty(linear.weight.shape, bits_dtype(linear.weight.dtype))
-        ready = cp.cuda.get_current_stream().record()
-        self._begun[layer] = arrays, self._thread.submit(self._fill, layer, arrays, ready)
-
-    def _fill(self, layer: int, arrays: dict[str, Any], ready: Any) -> None:
-        started = time.perf_counter()
-        with self._device, self._stream:
-            self._stream.wait_event(ready)
-            for name, linear in block_linears(self._source, layer).items():
-                data = np.ascontiguousarray(linear.weight).reshape(-1).view(np.uint8)
-                np.copyto(self._staging[: data.size], data)  # where a memory-mapped file is read
-                arrays[name].data.copy_from_host_async(self._staging.ctypes.data, data.size, self._stream)
-                self._stream.synchronize()
-        self._spent("reading", time.perf_counter() - started)
-
-    def take(self, layer: int) -> dict[str, Linear]:
-        """A block's linears, waiting for them if need be."""
-        if layer not in self._begun:
-            self.start(layer)
-        arrays, filled = self._begun.pop(layer)
-        filled.result()
-        dense = block_linears(self._source, layer)
-        return {
-            name: DenseLinear(as_floats(array, dense[name].weight.dtype), on_card_if_any(dense[name].bias))
-            for name, array in arrays.items()
-        }
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-
-class HostBatches:
-    """Batches in page-locked memory, used like a list of arrays on the card; all copies are on the main stream, in order."""
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self._kept: list[np.ndarray] = []
-        for batch in batches:
-            self._kept.append(page_locked(batch.size, batch.dtype).reshape(batch.shape))
-            self[-1] = batch
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(len(self)))
-
-    def __getitem__(self, i: int) -> Any:
-        cp, kept = cupy(), self._kept[i]
-        array = cp.empty(kept.shape, kept.dtype)
-        array.data.copy_from_host_async(kept.ctypes.data, kept.nbytes, cp.cuda.get_current_stream())
-        return array
-
-    def __setitem__(self, i: int, array: Any) -> None:
-        kept = self._kept[i]
-        array.data.copy_to_host_async(kept.ctypes.data, kept.nbytes, cupy().cuda.get_current_stream())
-
-
-def page_locked(size: int, dtype: Any) -> np.ndarray:
-    """An uninitialised array of host memory that the card can copy from and to by itself."""
-    dtype = np.dtype(dtype)
-    return np.frombuffer(cupy().cuda.alloc_pinned_memory(size * dtype.itemsize), dtype, size)
-
-
-def block_linears(source: Checkpoint, layer: int) -> dict[str, DenseLinear]:
-    """The block's linears by full name, as the folder holds them."""
-    names = [f"model.layers.{layer}.{name}" for name in source.config.linear_shapes()]
-    return {name: source.weights.linears[name] for name in names}
-
-
 def read_solution(tensors: TensorFile, name: str, config: QuantizeConfig) -> Solution:
     """A finished linear, from the folder in the making to the card."""
     parts = ("qweight", "qzeros", "scales", "g_idx")
     return solution_of({part: cupy().asarray(np.asarray(tensors[f"{name}.{part}"])) for part in parts}, config)
-
-
-def bits_dtype(dtype: np.dtype) -> np.dtype:
-    """What CuPy holds such numbers as: it has no bfloat16, of which it gets the bits."""
-    return np.dtype(np.uint16) if dtype.name == "bfloat16" else dtype
-
-
-def as_floats(array: Any, dtype: np.dtype) -> Any:
-    """A card's array of `bits_dtype` as numbers: a bfloat16 is the upper half of a float32."""
-    return (array.astype(np.uint32) << np.uint32(16)).view(np.float32) if dtype.name == "bfloat16" else array
-
-
-def on_card(array: np.ndarray) -> Any:
-    return as_floats(cupy().asarray(array.view(bits_dtype(array.dtype))), array.dtype)
-
-
-def on_card_if_any(array: np.ndarray | None) -> Any:
-    return None if array is None else on_card(array)
 
 
 # ----------------------------------------------------------------------------------------------------- memory, predicted
@@ -342,16 +276,19 @@ def stream_bytes(config: LlamaConfig, tokens: int) -> int:
     return tokens * config.hidden_size * np.dtype(RESIDUAL).itemsize
 
 
-def steady_bytes(source: Checkpoint) -> int:
-    """In use throughout: the libraries, this block's linears and the next one's."""
-    return BASE + 2 * sum(
+def steady_bytes(source: Checkpoint, recipe: Recipe) -> int:
+    """In use throughout: the libraries, this block's linears, the next one's, and those of an unquantised model beside."""
+    return BASE + (2 + recipe.follows) * sum(
         linear.weight.size * max(2, linear.weight.itemsize) for linear in block_linears(source, 0).values()
     )
 
 
-def stage_bytes(config: LlamaConfig, width: int) -> int:
+def stage_bytes(config: LlamaConfig, width: int, recipe: Recipe) -> int:
     """The most that the work on linears with ``width`` inputs takes for a time: factoring in float64 at worst, or solving,
     or a batch's activations."""
     outputs = max(n for k, n in config.linear_shapes().values() if k == width)
     batch = TOKENS_AT_ONCE * (14 * config.hidden_size + 4 * config.intermediate_size)  # fp16, and the norm's in float32 too
-    return max(24 * width**2, 8 * width**2 + 24 * width * outputs, 4 * width**2 + batch)
+    square, weights = width**2, width * outputs
+    drift = 4 * (square + max(weights if recipe.residual else 0, square)) if recipe.follows else 0  # R, and E X^T
+    refining = 12 * square + 20 * weights if recipe.refine else 0
+    return drift + max(24 * square, 8 * square + 24 * weights + refining, 4 * square + (1 + recipe.follows) * batch)

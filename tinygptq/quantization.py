@@ -355,7 +355,7 @@ def _solve_with(
     with place.clock("Hessian"), _of_block(layer):
         full_H = hessian.H
         H = shrink(full_H, config.recipe.shrink)
-        R = None if cross is None else drift.inverse(full_H)
+        R = None if cross is None else drift.inverse(full_H, method=place.solver)
     shared = f"model.layers.{layer}.{' '.join(names)}"
     with place.clock("Cholesky"):
         factor = prepare(H, config, method=place.solver, name=shared)
@@ -391,5 +391,5 @@ def _replace(
     with place.clock("comparison with RTN"):
         rtn_loss = baseline(W)
     with place.clock("forward"):
-        model.weights.linears[full] = place.replacement(solution, config, dense.bias)
+        model.weights.linears[full] = place.replacement(full, solution, config, dense.bias)
     return full, solution, LinearReport(full, solution.loss, rtn_loss, solution.damp, dead, seconds)

@@ -60,8 +60,7 @@ class Teacher:
     def enter(self, model: Llama, layer: int) -> None:
         """Take hold of a block's linears before any of them is replaced."""
         prefix, weights = f"model.layers.{layer}.", model.weights
-        # Wrapped anew, so that what kernels prepare for them lasts no longer than the block.
-        own = {name: DenseLinear(x.weight, x.bias) for name, x in weights.linears.items() if name.startswith(prefix)}
+        own = {name: self._place.teacher(name, x) for name, x in weights.linears.items() if name.startswith(prefix)}
         own_weights = Weights(weights.embedding, weights.head, weights.norms, own)
         self.layer, self._model = layer, Llama(model.config, own_weights, model.functions)
 
@@ -94,14 +93,14 @@ class Teacher:
             For a linear that writes to the residual stream ``E X^T``, [out, in]; for the others, which share it,
             ``drift * (X_fp - X) X^T``, [in, in].
         """
-        cross, dense = Cross(), self._model.weights.linears[f"model.layers.{self.layer}.{name}"]
+        cross, linears = self._place.cross(), self._model.weights.linears
         drift, residual = np.float32(self._recipe.drift), np.float32(self._recipe.residual)
-        without_bias = DenseLinear(dense.weight)
         for i, x in enumerate(inputs):
             E = (wanted[i] - x) * drift  # (B, T, in)
             with self._place.clock("Hessian"):
                 if name in WRITERS:
-                    E = self._model.functions.linear(E, without_bias)  # (B, T, out)
+                    without_bias = DenseLinear(linears[f"model.layers.{self.layer}.{name}"].weight)
+                    E = self._model.functions.linear(E, without_bias).astype(np.float32, copy=False)  # (B, T, out)
                     E += (self.hidden[i] - hidden[i]) * residual
                 cross.add(E, x)
         return cross

@@ -1,11 +1,13 @@
-"""What each part of a recipe is worth: one model quantised with the parts added one after another.
+"""What each part of a recipe is worth: one model quantised with the parts added one after another, and `best` without each.
 
-    python scripts/bench/ablation.py MODEL_DIR --calibration TEXT --evaluation TEXT [--nsamples 32] [--seqlen 512]
-                                     [--windows 12] [--window 2048] [--branches ...] [--rungs ...] [--out RESULTS.json]
-    python scripts/bench/ablation.py MODEL_DIR --ids smollm2_ids.npz
+    python scripts/bench/ablation.py run MODEL_DIR --calibration TEXT --evaluation wiki=TEXT [other=TEXT ...]
+        [--nsamples 32] [--seqlen 512] [--windows 12] [--window 2048] [--branches ...] [--rungs ...] [--device cpu|cuda]
+        [--about WORDS] [--out RESULTS.json] [--seconds N]
+    python scripts/bench/ablation.py table RESULTS.json ... [--reference original_gptq.json] [--times TIMES.json ...]
 
-Texts are encoded as `tinygptq quantize` does; an ids file holds the windows themselves, under ``calibration`` and
-``evaluation``. Nothing is written but the results: models are quantised in memory.
+Texts are encoded as `tinygptq quantize` does. Nothing is written but the results, after each cell: what they hold already is
+not done again, and after so many seconds the rest is left for another run. Models are quantised in memory; on a GPU they are
+evaluated there too, with fp16 weights and float32 logits.
 """
 
 from __future__ import annotations
@@ -15,17 +17,16 @@ import datetime
 import json
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-import numba
 import numpy as np
-from quality import cpu_name
 
-from tinygptq import __version__
 from tinygptq.calibrate import calibration_windows
-from tinygptq.checkpoint import load_checkpoint
-from tinygptq.config import RECIPES, QuantizeConfig
+from tinygptq.checkpoint import Checkpoint, load_checkpoint
+from tinygptq.config import RECIPES, QuantizeConfig, Recipe
 from tinygptq.evaluate import perplexity
 from tinygptq.quantization import fast_model, quantize_blocks
 from tinygptq.tokenizer import Tokenizer
@@ -41,76 +42,219 @@ BRANCHES = {  # bits, group size, act-order: the six published permutations, and
     "2-bit g64 act-order": (2, 64, True),
 }
 FAST, BEST = RECIPES["fast"], RECIPES["best"]
-RUNGS = {  # each adds one part to the one before it
+LADDER = {  # each adds one part to the one before it
     "plain": RECIPES["plain"],
     "clip": replace(RECIPES["plain"], clip=True),
     "act-order": replace(FAST, shrink=0.0),
     "shrink (fast)": FAST,
     "refine": replace(FAST, refine=BEST.refine),
-    "drift": replace(BEST, residual=0.0),
-    "residual (best)": BEST,
+    "drift": replace(FAST, refine=BEST.refine, drift=BEST.drift),
+    "residual": replace(FAST, refine=BEST.refine, drift=BEST.drift, residual=BEST.residual),
+    "best": BEST,
 }
+OFF = {"clip": False, "act_order": False, "shrink": 0.0, "refine": 0, "drift": 0.0, "residual": 0.0}
+RUNGS = LADDER | {f"best without {part}": replace(BEST, **{part: none}) for part, none in OFF.items()}
+WHOLE = asdict(BEST) == asdict(LADDER["residual"])  # whether the last part makes `best`
+SHORT = ("plain", "shrink (fast)", "best")  # what is shown of texts of another kind
+Measure = Callable[[Recipe, tuple], tuple[dict[str, float], float]]
+
+
+def run(args: argparse.Namespace) -> None:
+    started, source, tokenizer = time.perf_counter(), load_checkpoint(args.model), Tokenizer.from_folder(args.model)
+    calibration = calibration_windows(args.calibration, tokenizer, args.nsamples, args.seqlen).astype(np.int64)
+    texts = dict(item.split("=", 1) for item in args.evaluation)
+    windows = {name: calibration_windows(path, tokenizer, args.windows, args.window).astype(np.int64)
+               for name, path in texts.items()}  # fmt: skip
+    unquantised, measure = (on_card if args.device == "cuda" else on_host)(source, calibration, windows)
+    result = {**facts(args), "unquantised": unquantised, "rows": []}
+    if args.out.exists():
+        result = json.loads(args.out.read_text())
+    done = {(row["branch"], row["rung"]) for row in result["rows"]}
+    for branch in args.branches:
+        for rung in args.rungs:
+            if (branch, rung) in done or same_as_before(branch, rung):
+                continue
+            if args.seconds and time.perf_counter() - started > args.seconds:
+                print(f"left for another run: {branch}, {rung}", flush=True)
+                continue
+            found, seconds = measure(RUNGS[rung], BRANCHES[branch])
+            row = {"branch": branch, "rung": rung, "recipe": asdict(RUNGS[rung]), "perplexity": found, "seconds": seconds}
+            result["rows"].append(row)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+            shown = " ".join(f"{name} {value:.4f}" for name, value in found.items())
+            print(f"{branch:30} {rung:24} {shown} {seconds:.1f} s", flush=True)
+
+
+def same_as_before(branch: str, rung: str) -> bool:
+    """Whether the part makes no difference: files with act-order are quantised in that order by any recipe."""
+    ordered = BRANCHES[branch][2] and rung in ("act-order", "best without act_order")
+    return ordered or (rung == "best" and WHOLE)
+
+
+def config_of(recipe: Recipe, branch: tuple) -> QuantizeConfig:
+    bits, group_size, desc_act = branch
+    return QuantizeConfig(bits=bits, group_size=group_size, desc_act=desc_act, recipe=recipe)
+
+
+def on_host(source: Checkpoint, calibration: np.ndarray, windows: dict[str, np.ndarray]) -> tuple[dict, Measure]:
+    def perplexities(model: Any) -> dict[str, float]:
+        return {name: perplexity(model, ids.ravel(), ids.shape[1]).perplexity for name, ids in windows.items()}
+
+    def measure(recipe: Recipe, branch: tuple) -> tuple[dict[str, float], float]:
+        model, started = fast_model(source, dict(source.weights.linears)), time.perf_counter()
+        for _ in quantize_blocks(model, calibration, config_of(recipe, branch)):
+            pass
+        seconds = time.perf_counter() - started
+        return perplexities(model), seconds
+
+    return perplexities(fast_model(source, dict(source.weights.linears))), measure
+
+
+def on_card(source: Checkpoint, calibration: np.ndarray, windows: dict[str, np.ndarray]) -> tuple[dict, Measure]:
+    from quantise_devices import dense_on_card
+    from quantise_devices import perplexity as perplexity_there
+
+    from tinygptq.placement_cuda import Card
+    from tinygptq.weights import DenseLinear
+
+    def perplexities(linears: dict) -> dict[str, float]:
+        return {name: perplexity_there(source, linears, ids) for name, ids in windows.items()}
+
+    def measure(recipe: Recipe, branch: tuple) -> tuple[dict[str, float], float]:
+        place, config, linears, started = Card(), config_of(recipe, branch), {}, time.perf_counter()
+        with place.session():
+            model = place.model(source)
+            place.announce(source, calibration, config)
+            for name, solution, _ in quantize_blocks(model, calibration, config, place=place):
+                linears[name] = DenseLinear(solution.dequantize().astype(np.float16))
+        seconds = time.perf_counter() - started
+        return perplexities(linears), seconds
+
+    return perplexities(dense_on_card(source)), measure
+
+
+def facts(args: argparse.Namespace) -> dict[str, Any]:
+    from tinygptq import __version__
+
+    protocol = (
+        f"calibrated on the first {args.nsamples} windows of {args.seqlen} tokens of {Path(args.calibration).name}; "
+        f"perplexity over the first {args.windows} windows of {args.window} tokens of each text"
+    )
+    common = {"model": args.name or args.model.name, "protocol": protocol + args.about}
+    common["texts"] = [f"{name}: {Path(path).name}" for name, path in (item.split("=", 1) for item in args.evaluation)]
+    if args.device == "cuda":
+        from quantise_7b import facts_of_machine
+
+        return {**facts_of_machine(), "tinygptq": __version__, **common}
+    from quality import cpu_name
+
+    versions = {"tinygptq": __version__, "numpy": np.__version__, "python": platform.python_version()}
+    return {"date": datetime.date.today().isoformat(), "device": cpu_name(), "versions": versions, **common}
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+def table(args: argparse.Namespace) -> None:
+    """Results of one model in several files are joined."""
+    models: dict[str, dict[str, Any]] = {}
+    for path in args.results:
+        result = json.loads(path.read_text())
+        joined = models.setdefault(result["model"], {**result, "rows": []})
+        joined["rows"] += result["rows"]
+    for model, result in models.items():
+        print(f"# {model}\n\n{result['protocol'].capitalize()} ({'; '.join(result['texts'])}). {result['device']}.\n")
+        for number, text in enumerate(result["unquantised"]):
+            rungs = [rung for rung in LADDER if rung != "residual" or not WHOLE] if number == 0 else list(SHORT)
+            print_text(result, text, originals_of(model, args.reference) if number == 0 else {}, rungs)
+        print_without(result)
+    print_times([json.loads(path.read_text()) for path in args.times])
+
+
+def originals_of(model: str, path: Path | None) -> dict[tuple, float]:
+    """What the original implementation made of the same model, by branch."""
+    reference = json.loads(path.read_text()) if path else {"model": ""}
+    if not reference["model"].startswith(model):
+        return {}
+    return {(c["bits"], c["group_size"], c["desc_act"]): c["perplexity_gptq"] for c in reference["configs"]}
+
+
+def print_times(results: list[dict[str, Any]]) -> None:
+    """Of main, each quantised with nothing beside it; the last of several runs, when everything is compiled."""
+    if not results:
+        return
+    print("# Seconds to quantise main\n\n| model | device | " + " | ".join(SHORT) + " |\n|" + "---|" * (len(SHORT) + 2))
+    for result in results:
+        seconds = {row["rung"]: row["seconds"] for row in result["rows"]} | {"best": result["rows"][-1]["seconds"]}
+        numbers = " | ".join(f"{seconds[rung]:.2f}" for rung in SHORT)
+        print(f"| {result['model']} | {result['device']} | {numbers} |")
+
+
+def cells(result: dict[str, Any], text: str) -> dict[tuple[str, str], float]:
+    """Perplexities by branch and rung; what is the same as another rung stands under both."""
+    found = {(row["branch"], row["rung"]): row["perplexity"][text] for row in result["rows"]}
+    for branch in BRANCHES:
+        for same, other in (("act-order", "clip"), ("best", "residual")):
+            if same_as_before(branch, same) and (branch, other) in found:
+                found[branch, same] = found[branch, other]
+    return found
+
+
+def print_text(result: dict[str, Any], text: str, originals: dict[tuple, float], rungs: list[str]) -> None:
+    found, unquantised = cells(result, text), result["unquantised"][text]
+    rungs = [rung for rung in rungs if any((branch, rung) in found for branch in BRANCHES)]
+    print(f"## Perplexity on {text}; unquantised {unquantised:.3f}\n")
+    heads = ["branch", *rungs, *(["original GPTQ", "of its loss `best` removes"] if originals else [])]
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for branch, key in BRANCHES.items():
+        numbers = [f"{found[branch, rung]:.3f}" if (branch, rung) in found else "" for rung in rungs]
+        if originals:
+            original, best = originals.get(key), found.get((branch, "best"))
+            numbers.append(f"{original:.3f}" if original else "")
+            numbers.append(f"{100 * (original - best) / (original - unquantised):.0f} %" if original and best else "")
+        if any((branch, rung) in found for rung in rungs):
+            print(f"| {branch} | " + " | ".join(numbers) + " |")
+    print()
+
+
+def print_without(result: dict[str, Any]) -> None:
+    text = next(iter(result["unquantised"]))
+    found, parts = cells(result, text), [f"best without {part}" for part in OFF]
+    branches = [branch for branch in BRANCHES if any((branch, part) in found for part in parts)]
+    if not branches:
+        return
+    print(f"## `best` with one part off, perplexity on {text}\n")
+    print("| branch | best | " + " | ".join(f"no {part}" for part in OFF) + " |\n|" + "---|" * (len(OFF) + 2))
+    for branch in branches:
+        numbers = (f"{found[branch, rung]:.3f}" if (branch, rung) in found else "" for rung in ["best", *parts])
+        print(f"| {branch} | " + " | ".join(numbers) + " |")
+    print()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--ids", type=Path)
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--evaluation", type=Path)
+    kinds = parser.add_subparsers(required=True)
+    one = kinds.add_parser("run")
+    one.add_argument("model", type=Path)
+    one.add_argument("--name", help="the model's name in the results; the folder's by default")
+    one.add_argument("--about", default="", help="what else the protocol has to say, of the texts for example")
+    one.add_argument("--calibration", type=Path, required=True)
+    one.add_argument("--evaluation", nargs="+", required=True, metavar="NAME=TEXT")
     for name, default in (("nsamples", 32), ("seqlen", 512), ("windows", 12), ("window", 2048)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--branches", nargs="+", choices=tuple(BRANCHES), default=list(BRANCHES))
-    parser.add_argument("--rungs", nargs="+", choices=tuple(RUNGS), default=list(RUNGS))
-    parser.add_argument("--out", type=Path)
+        one.add_argument(f"--{name}", type=int, default=default)
+    one.add_argument("--branches", nargs="+", choices=tuple(BRANCHES), default=list(BRANCHES))
+    one.add_argument("--rungs", nargs="+", choices=tuple(RUNGS), default=list(LADDER))
+    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--seconds", type=float)
+    one.set_defaults(do=run)
+    other = kinds.add_parser("table")
+    other.add_argument("results", nargs="+", type=Path)
+    other.add_argument("--reference", type=Path)
+    other.add_argument("--times", nargs="*", type=Path, default=[])
+    other.set_defaults(do=table)
     args = parser.parse_args()
-    source = load_checkpoint(args.model)
-    calibration, evaluation = texts(args)
-
-    def measure(model) -> float:
-        return perplexity(model, evaluation.ravel(), evaluation.shape[1]).perplexity
-
-    unquantised = measure(fast_model(source, dict(source.weights.linears)))
-    print(f"unquantised: {unquantised:.4f}\n{'':30} " + " ".join(f"{name:>16}" for name in args.rungs))
-    rows = []
-    for branch in args.branches:
-        bits, group_size, desc_act = BRANCHES[branch]
-        print(f"{branch:30}", end=" ", flush=True)
-        for rung in args.rungs:
-            config = QuantizeConfig(bits=bits, group_size=group_size, desc_act=desc_act, recipe=RUNGS[rung])
-            model, started = fast_model(source, dict(source.weights.linears)), time.perf_counter()
-            for _ in quantize_blocks(model, calibration, config):
-                pass
-            seconds = time.perf_counter() - started
-            found = measure(model)
-            print(f"{found:9.3f} {seconds:4.0f} s", end=" ", flush=True)
-            rows.append(
-                {"branch": branch, "rung": rung, "recipe": asdict(RUNGS[rung]), "perplexity": found, "seconds": seconds}
-            )
-        print()
-    if args.out:
-        write(args.out, unquantised, rows)
-
-
-def texts(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Calibration windows and evaluation windows, each int [windows, tokens]."""
-    if args.ids:
-        ids = np.load(args.ids)
-        return ids["calibration"].astype(np.int64), ids["evaluation"].astype(np.int64)
-    if not args.calibration or not args.evaluation:
-        raise SystemExit("give --ids, or --calibration and --evaluation")
-    tokenizer = Tokenizer.from_folder(args.model)
-    return (
-        calibration_windows(args.calibration, tokenizer, args.nsamples, args.seqlen),
-        calibration_windows(args.evaluation, tokenizer, args.windows, args.window),
-    )
-
-
-def write(path: Path, unquantised: float, rows: list[dict]) -> None:
-    versions = {"tinygptq": __version__, "numpy": np.__version__, "numba": numba.__version__}
-    versions["python"] = platform.python_version()
-    facts = {"date": datetime.date.today().isoformat(), "device": cpu_name(), "versions": versions}
-    path.write_text(json.dumps({**facts, "perplexity_unquantised": unquantised, "rows": rows}, indent=1) + "\n")
+    args.do(args)
 
 
 if __name__ == "__main__":

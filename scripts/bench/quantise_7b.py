@@ -14,6 +14,7 @@ import argparse
 import datetime
 import filecmp
 import json
+import logging
 import platform
 import shutil
 import subprocess
@@ -70,26 +71,30 @@ def run_one(model: Path, out: Path, branch: str, recipe: str, samples: int, toke
         words = np.random.default_rng(1).zipf(1.2, (samples, tokens)) % source.config.vocab_size
         return words.astype(np.int64), made_by()
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     quantization._calibration = random_windows
     config = QuantizeConfig(**{**vars(BRANCHES[branch]), "recipe": RECIPES[recipe]})
     with LeastFree() as memory:
         report = quantization.quantize(model, out, config, dataset="random", device="cuda", resume=resume)
     ratio = float(np.mean([linear.loss_over_rtn for linear in report.linears]))
     facts = {"seconds": report.seconds, "stages": report.stages, "device_peak": memory.used, "loss_over_rtn": ratio}
+    facts |= {"device_peak_pool": memory.pool, "device_peak_arrays": memory.arrays}
     print(json.dumps(facts), flush=True)
 
 
 class LeastFree(threading.Thread):
-    """Looks at the card's free memory every few milliseconds; ``used``: the most that was in use, CUDA's own included."""
+    """Looks at the card's memory every few milliseconds; ``used``: the most that was in use, CUDA's own included, ``pool``:
+    what CuPy's pool held of it, and ``arrays`` what arrays took of that."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.used, self._ended = 0, threading.Event()
+        self.used, self.pool, self.arrays, self._ended = 0, 0, 0, threading.Event()
         self._look()
 
     def _look(self) -> None:
-        free, total = cupy().cuda.runtime.memGetInfo()
-        self.used = max(self.used, total - free)
+        (free, total), pool = cupy().cuda.runtime.memGetInfo(), cupy().get_default_memory_pool()
+        self.used, self.pool = max(self.used, total - free), max(self.pool, pool.total_bytes())
+        self.arrays = max(self.arrays, pool.used_bytes())
 
     def run(self) -> None:
         while not self._ended.wait(0.02):

@@ -12,11 +12,11 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 from numba.cuda import types
 
-from tinygptq.kernels.cuda import calibration, solver
+from tinygptq.kernels.cuda import calibration, halves, refine, solver
 
 INT, FLOAT = types.int64, types.float32
 FLOATS, TABLE, HALVES = types.Array(FLOAT, 1, "C"), types.Array(FLOAT, 2, "C"), types.Array(types.float16, 2, "C")
-WORDS = types.Array(types.uint32, 1, "C")
+WORDS, ROW, HEADS = (types.Array(t, n, "C") for t, n in ((types.uint32, 1), (types.float16, 1), (types.float16, 3)))
 ROUNDING = (INT, FLOAT, FLOAT)
 KERNELS = {
     "grids": (solver.grids_kernel, (TABLE, FLOATS, FLOATS, TABLE, TABLE, INT, INT, *ROUNDING), (8, 0)),
@@ -27,8 +27,11 @@ KERNELS = {
         (9, 0),
     ),
     "norm": (lambda: calibration.NORM, (HALVES, FLOATS, FLOAT, TABLE), (8, 0)),
-    "rotate": (lambda: calibration.ROTATE, (types.Array(types.float16, 3, "C"), TABLE, TABLE), (8, 6)),
+    "rotate": (lambda: calibration.ROTATE, (HEADS, TABLE, TABLE, HEADS), (8, 6)),
+    "rotate float32": (lambda: calibration.ROTATE, (types.Array(FLOAT, 3, "C"), TABLE, TABLE, HEADS), (9, 0)),
     "gate": (lambda: calibration.GATE, (WORDS, WORDS), (8, 9)),
+    "split": (lambda: halves.SPLIT, (FLOATS, ROW, ROW), (8, 0)),
+    "walk": (lambda: refine.WALK, (*[FLOATS] * 6, types.Array(types.int32, 1, "C"), FLOAT, INT), (9, 0)),
     "softmax": (lambda: calibration.SOFTMAX, (TABLE, HALVES, INT, INT, FLOAT), (9, 0)),
 }  # fmt: skip
 
@@ -42,9 +45,10 @@ def test_compiles_and_uses_no_local_memory(name):
     assert "call.uni" not in ptx
 
 
-def test_codes_are_made_by_true_division():
+@pytest.mark.parametrize("name", ["block", "walk"])
+def test_codes_are_made_by_true_division(name):
     """A product with the reciprocal would round other weights to other codes than the definition does."""
-    kernel, signature, _ = KERNELS["block"]
+    kernel, signature, _ = KERNELS[name]
     ptx = kernel().ptx(signature, (9, 0))
     assert "div.rn.f32" in ptx
     assert not re.search(r"div\.(approx|full)|rcp", ptx)

@@ -35,6 +35,48 @@ def test_linear_norm_and_gate():
     assert relative_error(calibration.swiglu(cp.asarray(gate), cp.asarray(up)).get(), exact) < 5e-4
 
 
+@pytest.mark.parametrize("shape", [(1, 37, 96), (2, 128, 576)], ids=str)
+def test_split_linear_is_as_good_as_float32(shape):
+    from tinygptq.kernels.cuda import calibration, halves
+    from tinygptq.kernels.cuda.runtime import cupy
+
+    cp, rng = cupy(), fresh_generator()
+    x = (rng.normal(size=shape) * rng.lognormal(0, 3, shape[-1])).astype(np.float32)
+    W, bias = rng.normal(size=(160, shape[-1])).astype(np.float32) / 50, rng.normal(size=160).astype(np.float32)
+    high, low = (part.get().astype(np.float64) for part in halves.split(cp.asarray(x)))
+    assert relative_error(high + halves.LOW * low, x.astype(np.float64)) < 2**-22
+    found = calibration.linear(cp.asarray(x), calibration.SplitLinear(cp.asarray(W), cp.asarray(bias)))
+    assert found.dtype == np.float32
+    assert relative_error(found.get(), x.astype(np.float64) @ W.T.astype(np.float64) + bias) < 2e-6
+
+
+def test_float32_queries_and_keys_are_rounded_once_after_the_rotation():
+    from tinygptq.kernels.cuda import calibration
+    from tinygptq.kernels.cuda.runtime import cupy
+
+    cp, x = cupy(), fresh_generator().normal(size=(2, 600, 6, 64)).astype(np.float32)
+    cos, sin = ops.rope_tables((10000.0 ** -np.linspace(0, 1, 32)).astype(np.float32), 0, 600)
+    exact, device = ops.apply_rope(x.swapaxes(1, 2).astype(np.float64), cos, sin), cp.asarray(x)
+    found = calibration.apply_rope(device.swapaxes(1, 2), cp.asarray(cos), cp.asarray(sin))
+    assert found.dtype == np.float16
+    assert np.array_equal(device.get(), x)
+    assert (found.get() == exact.astype(np.float16)).mean() > 0.99
+
+
+def test_float32_values_keep_what_fp16_would_round_off():
+    """Equal shares of 1.0004 and -1: the mean is 0.0002, and 0 for values that have been rounded."""
+    from tinygptq.kernels.cuda import calibration
+    from tinygptq.kernels.cuda.runtime import cupy
+
+    cp = cupy()
+    q, k, v = (cp.zeros((2, 600, heads, 64), dtype) for heads, dtype in ((6, np.float16), (2, np.float16), (2, np.float32)))
+    v[:, 0::2], v[:, 1::2] = 1.0004, -1
+    wide, rounded = (calibration.causal_attention(*(x.swapaxes(1, 2) for x in (q, k, values))).get()[:, 1::2]
+                     for values in (v, v.astype(np.float16)))  # fmt: skip
+    assert (rounded == 0).all()
+    assert np.abs(wide.astype(np.float64) / (float(np.float32(1.0004)) / 2 - 0.5) - 1).max() < 2e-3
+
+
 @pytest.mark.parametrize("heads,groups,dim", [(6, 6, 16), (6, 2, 16), (9, 3, 64), (4, 1, 128)])
 @pytest.mark.parametrize("tokens", [1, 40, 512, 520, 1032])
 def test_rope_and_attention(heads, groups, dim, tokens):

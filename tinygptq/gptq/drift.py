@@ -16,13 +16,14 @@ linear function of X cannot explain much of E: a few ten thousand tokens are fit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq.refine import product
-from tinygptq.gptq.solver import inverse_cholesky
+from tinygptq.gptq.solver import check_method, inverse_cholesky, twin_of
 from tinygptq.ops import array_module
 
 RIDGE = 0.1  # of each diagonal entry of H
@@ -30,17 +31,21 @@ DAMP = 0.01  # of the mean of diag(H)
 
 
 class Cross:
-    """``2/n * sum over tokens of e x^T``, n the number of calibration sequences: the scale of `gptq.Hessian`."""
+    """``2/n * sum over tokens of e x^T``, n the number of calibration sequences: the scale of `gptq.Hessian`.
 
-    def __init__(self) -> None:
+    Args:
+        multiply: the product of two float32 matrices.
+    """
+
+    def __init__(self, multiply: Callable[[Any, Any], Any] = product) -> None:
         self._sum: Any = None
-        self._samples = 0
+        self._samples, self._multiply = 0, multiply
 
     def add(self, E: np.ndarray, X: np.ndarray) -> None:
         """Add a batch: E [B, T, M], X [B, T, in]."""
         e, x = (array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False) for array in (E, X))
-        part = product(e.T, x)  # (M, in)
-        self._sum = part if self._sum is None else self._sum + part
+        part = self._multiply(e.T, x)  # (M, in)
+        self._sum = part if self._sum is None else array_module(part).add(self._sum, part, out=self._sum)
         self._samples += len(X)
 
     @property
@@ -49,22 +54,23 @@ class Cross:
         return self._sum * np.float32(2 / self._samples)
 
 
-def inverse(H: np.ndarray, *, invert: Any = None) -> np.ndarray:
+def inverse(H: np.ndarray, *, method: str | Any = None) -> np.ndarray:
     """Upper triangular R, ``R^T R`` the inverse of H with a ridge; shared by the linears that have this input.
 
     Args:
-        H: [in, in] from `gptq.Hessian`, not modified. invert: `solver.inverse_cholesky` or a twin; None picks by the array.
+        H: [in, in] from `gptq.Hessian`, not modified. method: whose `inverse_cholesky` factors it, as for `gptq.solve`.
     Raises:
         TinyGPTQError: not even the ridge makes H positive definite.
     """
-    xp = array_module(H)
-    ridged, diagonal = H.astype(np.float64), H.diagonal().astype(np.float64)
-    steps = xp.arange(len(H))
+    xp, method = array_module(H), check_method(method, H)
+    invert = inverse_cholesky if method == "definition" else twin_of(method).inverse_cholesky
+    ridged = H.astype(np.float64 if isinstance(method, str) else H.dtype)
+    steps, diagonal = xp.arange(len(H)), ridged.diagonal().copy()
     ridged[steps, steps] += xp.where(diagonal > 0, RIDGE * diagonal + DAMP * diagonal.mean(), 1)
-    R = (invert or (_twin() if xp is np else inverse_cholesky))(ridged)
+    R = invert(ridged)
     if R is None:
         raise TinyGPTQError("H is not positive definite; a sum of x x^T would be")
-    return R.astype(np.float32)
+    return R.astype(np.float32, copy=False)
 
 
 def target(W: np.ndarray, C: np.ndarray, R: np.ndarray) -> np.ndarray:
@@ -74,9 +80,3 @@ def target(W: np.ndarray, C: np.ndarray, R: np.ndarray) -> np.ndarray:
         W: float32 [out, in]. C: [out, in], E X^T at H's scale. R: [in, in], what `inverse` gave. None is modified.
     """
     return W + product(product(C, R.T), R)
-
-
-def _twin() -> Any:
-    from tinygptq.gptq import solver_numba  # only here: importing Numba takes a while
-
-    return solver_numba.inverse_cholesky

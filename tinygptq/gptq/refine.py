@@ -111,19 +111,33 @@ def refit_scales(WH: np.ndarray, H: np.ndarray, C: np.ndarray, scales: np.ndarra
     """
     xp, G = array_module(WH), scales.shape[1]
     order = xp.argsort(g_idx, kind="stable")  # columns group by group
-    starts = xp.searchsorted(g_idx[order], xp.arange(G))
-    H = xp.take(xp.take(H, order, axis=0), order, axis=1)
-    bounds = [*(int(start) for start in starts), len(order)]
+    if bool((order == xp.arange(len(order))).all()):
+        order = slice(None)
+    else:
+        H = xp.take(xp.take(H, order, axis=0), order, axis=1)
+    bounds = [int(start) for start in xp.searchsorted(g_idx[order], xp.arange(G + 1))]
     fitted, rows = xp.empty_like(scales), max(1, BYTES_AT_ONCE // (8 * G * G))
     for r in range(0, len(C), rows):
         c, s = C[r : r + rows, order], scales[r : r + rows].astype(np.float64)
-        b = xp.add.reduceat(WH[r : r + rows, order] * c, starts, axis=1).astype(np.float64)  # (rows, G)
+        b = _group_sums(WH[r : r + rows, order] * c, bounds).astype(np.float64)  # (rows, G)
         A = xp.empty((len(c), G, G))
-        for g in range(G):
-            part = slice(bounds[g], bounds[g + 1])
-            A[:, g] = xp.add.reduceat(product(c[:, part], H[part]) * c, starts, axis=1)
+        for g in range(G):  # A is symmetric
+            k, end = bounds[g], bounds[g + 1]
+            A[:, g, g:] = A[:, g:, g] = _group_sums(product(c[:, k:end], H[k:end, k:]) * c[:, k:], bounds[g:])
         fitted[r : r + rows] = _solved(A, b, s)
     return fitted
+
+
+def _group_sums(x: np.ndarray, bounds: list[int]) -> np.ndarray:
+    """The sums of consecutive columns, [rows, columns] -> [rows, groups]; bounds: where groups start, and the end.
+
+    All groups have the length of the first, but for the last. (CuPy's add.reduceat takes differences of running sums, and
+    loses digits.)
+    """
+    xp, size = array_module(x), bounds[1] - bounds[0]
+    whole = x.shape[1] // size * size
+    sums = x[:, :whole].reshape(len(x), -1, size).sum(axis=2)
+    return sums if whole == x.shape[1] else xp.concatenate([sums, x[:, whole:].sum(axis=1, keepdims=True)], axis=1)
 
 
 def _solved(A: np.ndarray, b: np.ndarray, s: np.ndarray) -> np.ndarray:

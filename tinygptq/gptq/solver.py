@@ -110,7 +110,7 @@ def solve(
     Dead inputs (zero in all calibration data) get the code of the zero point: their weights become zero.
     """
     xp = array_module(W)
-    method = _check_method(method, W)
+    method = check_method(method, W)
     W = _checked_weights(W, dtype, name)
     factor = H if isinstance(H, Factor) else prepare(H, config, method=method, dtype=dtype, name=name)
     if factor.dead.shape != W.shape[1:]:
@@ -118,7 +118,7 @@ def solve(
     W = xp.where(factor.dead, W.dtype.type(0), W)  # (out, in)
     with _named(name):
         importance = factor.importance.astype(dtype, copy=False) if config.recipe.clip else None
-        find_grids = _static_grids if method == "definition" else _twin(method).static_grids
+        find_grids = _static_grids if method == "definition" else twin_of(method).static_grids
         static = find_grids(W, config, importance) if config.grids_first else None
     k_to_group = xp.arange(W.shape[1]) // config.rows_per_group(W.shape[1])
     if factor.perm is None:
@@ -129,7 +129,7 @@ def solve(
         column_groups = k_to_group[factor.perm] if config.grids_first else k_to_group
         g_idx = xp.empty_like(column_groups)
         g_idx[factor.perm] = column_groups
-    quantize_all = quantize_columns if method == "definition" else _twin(method).quantize_columns
+    quantize_all = quantize_columns if method == "definition" else twin_of(method).quantize_columns
     with _named(name):
         codes, scales, zeros, loss = quantize_all(
             W, factor.Hinv.astype(dtype, copy=False), config, column_groups, static, importance
@@ -203,7 +203,7 @@ def prepare(
     Args and errors: as for `solve`; H is float [in, in] and is not modified.
     """
     xp = array_module(H)
-    method = _check_method(method, H)
+    method = check_method(method, H)
     if H.ndim != 2 or H.shape[0] != H.shape[1]:
         raise TinyGPTQError(f"{name}: H should be square, found shape {H.shape}")
     if not xp.isfinite(H).all():
@@ -218,7 +218,7 @@ def prepare(
     diagonal = H.diagonal().copy()
     mean = float(diagonal.sum() / max(1, int((diagonal != 0).sum())))
     diagonal[diagonal == 0] = 1
-    invert = inverse_cholesky if method == "definition" else _twin(method).inverse_cholesky
+    invert = inverse_cholesky if method == "definition" else twin_of(method).inverse_cholesky
     Hinv, damp = _damped(H, diagonal, mean, config.damp_percent, invert, name)
     importance = xp.empty_like(diagonal)
     importance[slice(None) if perm is None else perm] = diagonal + damp * mean
@@ -333,7 +333,8 @@ def _checked_weights(W: np.ndarray, dtype: type, name: str) -> np.ndarray:
     return W
 
 
-def _check_method(method: str | Any, array: np.ndarray) -> str | Any:
+def check_method(method: str | Any, array: np.ndarray) -> str | Any:
+    """``method`` of `solve`, chosen by the array where it is None."""
     on_cpu = isinstance(array, np.ndarray)
     if method is not None and not isinstance(method, str):
         return method
@@ -344,7 +345,8 @@ def _check_method(method: str | Any, array: np.ndarray) -> str | Any:
     return method
 
 
-def _twin(method: str | Any) -> Any:
+def twin_of(method: str | Any) -> Any:
+    """The module of twins that a method other than "definition" stands for."""
     if not isinstance(method, str):
         return method
     from tinygptq.gptq import solver_numba  # only here: importing Numba takes longer than the definition's whole run

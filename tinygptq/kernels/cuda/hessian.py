@@ -9,18 +9,19 @@ import numpy as np
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq import Hessian
 from tinygptq.kernels.cuda.cublas import Part, cublas
+from tinygptq.kernels.cuda.halves import LOW, split
 from tinygptq.kernels.cuda.runtime import cupy
 
 PANEL = 1024  # rows of H that one product makes, right of the diagonal only: H is symmetric
-LOW = 2.0**-11  # an fp16 number's relative precision: what float32 numbers have below it is kept as a second fp16 number
+# Tokens in one product of large parts. Tensor cores cut off what they add to a float32 sum, where float32 rounds: every 16
+# tokens the sum loses up to 2^-24 of itself, always downwards. Sums of few tokens are added to H with proper rounding.
+TOKENS = 1024
 
 
 class HalfHessian(Hessian):
-    """`gptq.Hessian` for CuPy activations in float16, or in float32, each then split in two: ``x = high + LOW * low``.
+    """`gptq.Hessian` for CuPy activations in float16, or in float32, each then split in two (see halves.py).
 
-    A product of two fp16 numbers has 22 significant bits and is exact in float32. So for fp16 activations this is the sum
-    that float32 has for the same values, but for its order. Of float32 ones it takes ``high high^T + LOW (high low^T + low
-    high^T)``, and leaves out ``LOW^2 low low^T``: 2^-22 of the whole, as float32's own rounding is.
+    For fp16 activations this is the sum that float32 has for the same values, but for its order.
 
     The upper half is summed, panel by panel; the lower one is filled in when H is first asked for, and nothing may be added
     afterwards.
@@ -43,10 +44,10 @@ class HalfHessian(Hessian):
             return
         if self._sum is None:
             self._sum = cp.zeros((n, n), np.float32)
-        high = x.astype(np.float16, copy=False)
-        self._add_product(high, high, 1.0)
-        if x.dtype == np.float32:
-            low = ((x - high) * np.float32(1 / LOW)).astype(np.float16)
+        high, low = split(x) if x.dtype == np.float32 else (x, None)
+        for start in range(0, len(high), TOKENS):
+            self._add_product(high[start : start + TOKENS], high[start : start + TOKENS], 1.0)
+        if low is not None:
             self._add_product(high, low, LOW)
             self._add_product(low, high, LOW)
         self.n_samples += X.shape[0] if X.ndim == 3 else 1

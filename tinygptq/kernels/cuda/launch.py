@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels.cuda.runtime import capability, cuda
 
 types = cuda.types
@@ -66,7 +67,7 @@ class Kernel:
         flat: list[Any] = []
         kernel = self._kernel(_read(arguments, flat))
         if shared_bytes > 48 << 10:
-            kernel.attributes.max_dynamic_shared_size_bytes = shared_bytes
+            _allow_shared(kernel, shared_bytes)
         launch(_core_stream(stream.ptr), _launch_config(grid, block, dependent, cluster, shared_bytes), kernel, *flat)
 
     def prepare(self, *arguments: Any) -> None:
@@ -185,6 +186,17 @@ def _launch_config(grid: Any, block: Any, dependent: bool, cluster: int, shared_
         grid = (grid,) if isinstance(grid, int) else grid
         grid, options["cluster"] = (grid[0] // cluster, *grid[1:]), cluster
     return LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes, **options)
+
+
+def _allow_shared(kernel: Any, size: int) -> None:
+    """Let a kernel have more dynamic shared memory than 48 KB (which cuda.core has a name for only in newer versions)."""
+    from cuda.bindings import driver
+
+    name = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    device = driver.CUdevice(cuda.get_current_device().id)
+    (status,) = driver.cuKernelSetAttribute(name, size, driver.CUkernel(int(kernel._handle)), device)
+    if status:
+        raise TinyGPTQError(f"the GPU gives a kernel no {size >> 10} KB of shared memory ({status.name})")
 
 
 @functools.lru_cache(maxsize=64)

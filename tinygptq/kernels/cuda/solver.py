@@ -24,9 +24,12 @@ from tinygptq.gptq.solver import Columns
 from tinygptq.kernels.cuda.cublas import cublas
 from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.ptx import half2_from_floats, half2_to_floats
+from tinygptq.kernels.cuda.refine import descend
 from tinygptq.kernels.cuda.runtime import cuda, cupy
 from tinygptq.kernels.cuda.tables import device_function
 from tinygptq.kernels.cuda.warps import ALL, warp_max, warp_sum
+
+__all__ = ["descend", "inverse_cholesky", "quantize_columns", "static_grids"]
 
 log = logging.getLogger("tinygptq")
 
