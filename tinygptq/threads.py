@@ -13,6 +13,7 @@ import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -73,11 +74,16 @@ def share(rows: int, work: int, product: Callable[[slice], None], slices: int = 
         for rows in left:  # a list's iterator hands out each slice once, whichever threads ask
             product(rows)
 
-    with _blas().limit(limits=1, user_api="blas"):
+    with alone():
         others = [_pool(threads).submit(take) for _ in range(threads - 1)]
         take()
         for other in others:
             other.result()
+
+
+def alone() -> AbstractContextManager:
+    """Within it, BLAS and LAPACK run on one thread: for small matrices, where others to wake take longer than they help."""
+    return _blas().limit(limits=1, user_api="blas")
 
 
 @functools.cache

@@ -21,22 +21,20 @@ def descend(
     passes: int,
 ) -> np.ndarray:
     """Coordinate descent; arguments and result as for `refine.descend`."""
-    H = np.ascontiguousarray(H[np.ix_(order, order)])
-    G, c, s, z = (np.ascontiguousarray(array[:, order]) for array in (G, codes, scale, zero))
-    _walk(G, H, H.diagonal().copy(), c, s, z, G.dtype.type(maxq), passes)
-    moved = np.empty_like(c)
-    moved[:, order] = c
-    return moved
+    G, codes = np.array(G, order="C"), np.array(codes, order="C")
+    H, scale, zero = (np.ascontiguousarray(array) for array in (H, scale, zero))
+    _walk(G, H, H.diagonal().copy(), codes, scale, zero, G.dtype.type(maxq), np.asarray(order, np.int64), passes)
+    return codes
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _walk(G, H, diagonal, codes, scale, zero, maxq, passes):
-    """Columns in the order in which they are visited; overwrites G and codes."""
+def _walk(G, H, diagonal, codes, scale, zero, maxq, order, passes):
+    """Overwrites G and codes."""
     for r in prange(len(G)):
         g, code = G[r], codes[r]
         for _ in range(passes):
             moves = 0
-            for i in range(len(g)):
+            for i in order:
                 s, z = scale[r, i], zero[r, i]
                 best = np.rint((s * (code[i] - z) + g[i] / diagonal[i]) / s) + z
                 best = min(max(best, maxq * 0), maxq)

@@ -1,0 +1,107 @@
+"""Errors made up for across a linear's outputs: GPTQ's own step, once more, over the rows of W.
+
+GPTQ minimises ``tr(E H E^T)``, E = W - Q: the squared error of all outputs together, as if the model cared for each of them
+alike and for each by itself. It does not. To second order, an error e of a token's outputs changes the prediction by
+``1/2 e^T A e``, A the expected ``dy dy^T`` of the output's gradients (backward.py), and with A and H taken for independent
+the error to make small is
+
+    tr(A E H E^T)
+
+(the Kronecker-factored Fisher information: Martens and Grosse 2015, arXiv 1503.05671; as a rounding objective: Tseng, Sun
+and De Sa 2025, "Model-Preserving Adaptive Rounding", arXiv 2505.22988, where errors are fed back along rows and columns
+both). Rows are quantised part by part. Given the error ``E_b`` of a part, what the rows r still to come can do about it is
+
+    E_r = -A_rr^-1 A_rb E_b,  so that  W_r becomes  W_r + A_rr^-1 A_rb E_b
+
+and the next part is quantised from there, by whatever method, with the same H. Within a part, rows are taken for
+independent; the first parts are those of the largest ``A_ii``, as with act-order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinygptq import threads
+from tinygptq.errors import TinyGPTQError
+from tinygptq.gptq.refine import product
+from tinygptq.gptq.solver import Factor, Solution, check_method, inverse_cholesky, twin_of
+from tinygptq.ops import array_module
+
+DAMP = 1e-3  # of the mean of diag(A)
+ROWS = 64  # in a part: as many as the solver's twin works on together
+
+
+class Outputs(NamedTuple):
+    """A, factored: order, int [out], the rows in the order in which they are quantised; R, [out, out] upper triangular,
+    ``R^T R`` the inverse of A in that order."""
+
+    order: np.ndarray
+    R: np.ndarray
+
+
+def factor_outputs(A: np.ndarray, share: float, *, method: str | Any = None, name: str = "weight") -> Outputs:
+    """Order the outputs and factor the inverse of A.
+
+    Args:
+        A: [out, out], a sum of ``dy dy^T`` over tokens, at any scale; not modified. share: how much of its off-diagonal
+            entries is kept; the rest is taken away for the same reason as with `gptq.hessian.shrink`.
+        method: whose `inverse_cholesky` factors it, as for `gptq.solve`. name: what an error calls the linear.
+    Raises:
+        TinyGPTQError: A holds NaN or infinity, or is no sum of such products.
+    """
+    xp, method, diagonal = array_module(A), check_method(method, A), A.diagonal().astype(np.float64)
+    if not bool(xp.isfinite(A).all()):
+        raise TinyGPTQError(f"{name}: the gradients of its outputs hold NaN or infinity, or their squares overflow")
+    invert = inverse_cholesky if method == "definition" else twin_of(method).inverse_cholesky
+    order, steps = xp.argsort(-diagonal, kind="stable"), xp.arange(len(A))
+    mean = float(diagonal.mean()) or 1.0
+    A = xp.take(xp.take(A, order, axis=0), order, axis=1).astype(np.float64) / mean * share
+    A[steps, steps] = diagonal[order] / mean + DAMP
+    R = invert(A)
+    if R is None:
+        raise TinyGPTQError(f"{name}: the matrix of its outputs' gradients is not positive definite")
+    return Outputs(order, R.astype(np.float32))
+
+
+def solve_in_parts(
+    W: np.ndarray,
+    H: np.ndarray,
+    factor: Factor,
+    outputs: Outputs,
+    solve: Callable[[np.ndarray], Solution],
+    rows: int = ROWS,
+) -> Solution:
+    """Quantise part by part, the rows to come making up for the errors so far.
+
+    Args:
+        W: float32 [out, in]. H: float32 [in, in], undamped. factor: what `gptq.prepare` made of it. None is modified.
+        solve: quantises some rows of weights, float32 [rows, in], by themselves. rows: in a part.
+    Returns:
+        A solution for all of W; its loss is GPTQ's, ``1/2 tr(E H E^T)`` with H damped and E the error against W as it was
+        given: larger than without feedback, which lets it grow where the prediction does not depend on it.
+    """
+    xp, R = array_module(W), outputs.R
+    left, parts = W[outputs.order], []
+    for start in range(0, len(W), rows):
+        now, later = slice(start, start + rows), slice(start + rows, None)
+        part = solve(left[now])
+        parts.append(part)
+        if start + rows < len(W):
+            error = left[now] - part.dequantize()  # (rows, in)
+            # A_rr^-1 A_rb = -(R_bb^-1 R_br)^T: the blocks of an inverse, as GPTQ takes them from Hinv
+            with threads.alone():
+                V = xp.linalg.inv(R[now, now])
+            left[later] -= product(product(V, R[now, later]).T, error)
+    back = xp.argsort(outputs.order)
+    codes, scales, zeros = (
+        xp.concatenate([getattr(part, field) for part in parts])[back] for field in ("codes", "scales", "zeros")
+    )
+    whole = replace(parts[0], codes=codes, scales=scales, zeros=zeros)
+    error = xp.where(factor.dead, np.float32(0), W) - whole.dequantize()
+    H, steps = H.copy(), xp.arange(len(H))
+    H[steps, steps] = factor.importance
+    return replace(whole, loss=float((product(error, H) * error).sum(dtype=np.float64)) / 2)

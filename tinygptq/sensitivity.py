@@ -1,0 +1,49 @@
+"""How much the model's prediction depends on each linear's outputs, measured on calibration text before any is quantised."""
+
+from __future__ import annotations
+
+import numpy as np
+from tqdm import tqdm
+
+from tinygptq.backward import output_gradients
+from tinygptq.model import Llama
+from tinygptq.ops import array_module
+from tinygptq.placement import Host
+
+TOKENS = 8192  # of the calibration text: the matrices are shrunk a good deal anyway, and it takes time
+TOKENS_AT_ONCE = 2048
+SEED = 0  # of the tokens drawn from the model's predictions
+
+
+def output_matrices(model: Llama, ids: np.ndarray, place: Host) -> dict[str, np.ndarray]:
+    """``A = sum over tokens of dy dy^T / |dy|`` for every linear, dy the gradient of its output (see backward.py).
+
+    The plain sum would be the Fisher information itself. But some tokens' gradients are a thousand times as long as others',
+    and it would be about these few alone; with each divided by its length once, A says the same of text it was not measured
+    on to a larger part, and from fewer tokens.
+
+    Args:
+        model: the unquantised one. ids: calibration windows int [samples, T], of which whole ones are used, evenly spaced,
+            as many as hold TOKENS tokens.
+    Returns:
+        float32 [out, out] by the linear's full name.
+    """
+    count = min(len(ids), max(1, TOKENS // ids.shape[1]))
+    ids = ids[np.arange(count) * len(ids) // count]
+    size, rng, found = max(1, TOKENS_AT_ONCE // ids.shape[1]), np.random.default_rng(SEED), {}
+    blocks = model.config.num_hidden_layers
+    with tqdm(total=-(-count // size) * blocks, desc="gradients", unit="block", disable=None, leave=False) as bar:
+        for i in range(0, count, size):
+            for layer, outputs in place.clock.each("backward", output_gradients(model, ids[i : i + size], rng)):
+                with place.clock("backward"):
+                    for name, dy in outputs.items():
+                        found.setdefault(f"model.layers.{layer}.{name}", place.hessian(dy.shape[-1])).add(tempered(dy))
+                bar.update()
+    return {name: hessian.H for name, hessian in found.items()}
+
+
+def tempered(dy: np.ndarray) -> np.ndarray:
+    """``dy / sqrt(|dy|)`` of each token, [B, T, out]: in a sum of its squares it weighs as much as it is long."""
+    xp = array_module(dy)
+    length = xp.sqrt((dy * dy).sum(axis=-1, keepdims=True))
+    return dy / xp.sqrt(xp.where(length > 0, length, 1))
