@@ -32,6 +32,12 @@ def site(tmp_path_factory) -> Path:
     return out
 
 
+def test_the_front_page_shows_what_the_readme_shows():
+    table = re.compile(r"^bits +bytes.*?(?=\n```)", re.MULTILINE | re.DOTALL)
+    front, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/index.md", "README.md"))
+    assert table.findall(front) == table.findall(readme) != []
+
+
 class Page(HTMLParser):
     """What a page links to and can be linked to by, and its text outside of code."""
 
