@@ -221,7 +221,8 @@ class Recipe:
     shrink: the share of H's off-diagonal entries that is taken away before anything else (`gptq.hessian.shrink`).
     drift, residual: how much of the difference that quantising has already made to a linear's inputs, and to the residual
     stream it writes to, its weights make up for (`gptq.drift`). refine: rounds of refitting scales and moving single codes
-    after GPTQ (`gptq.refine`).
+    after GPTQ (`gptq.refine`). outputs: how far errors of some outputs are made up for by others, by what the model's
+    prediction makes of them: the share that is kept of the off-diagonal entries of `gptq.feedback`'s A.
     """
 
     clip: bool = False
@@ -230,11 +231,12 @@ class Recipe:
     drift: float = 0.0
     residual: float = 0.0
     refine: int = 0
+    outputs: float = 0.0
 
     @property
     def follows(self) -> bool:
         """Whether the unquantised model runs beside the quantised one."""
-        return bool(self.drift or self.residual)
+        return bool(self.drift or self.residual or self.outputs)
 
     @classmethod
     def from_meta(cls, meta: Any) -> Recipe | None:
@@ -290,7 +292,8 @@ class QuantizeConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TinyGPTQError(f"{where}: {name} is {getattr(self, name)!r}, expected true or false")
         if self.recipe.follows and not self.true_sequential:
-            raise TinyGPTQError(f"{where}: a recipe with drift or residual needs true_sequential; choose 'fast' or 'plain'")
+            needs = "a recipe with drift, residual or outputs needs true_sequential"
+            raise TinyGPTQError(f"{where}: {needs}; choose 'fast' or 'plain'")
         if self.checkpoint_format not in ("gptq", "gptq_v2"):
             raise TinyGPTQError(f"{where}: checkpoint_format {self.checkpoint_format!r} is not 'gptq' or 'gptq_v2'")
 

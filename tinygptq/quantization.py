@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.export import QuantizedFolderWriter, require_packable
 from tinygptq.facts import calibration_facts, made_by
-from tinygptq.gptq import Hessian, Solution, drift, prepare, round_to_nearest, solve
+from tinygptq.gptq import Hessian, Solution, drift, feedback, prepare, round_to_nearest, solve
 from tinygptq.gptq.hessian import shrink
 from tinygptq.gptq.refine import product, refine
 from tinygptq.hub import model_name, resolve
@@ -254,7 +255,7 @@ def _solve_block_in_stages(
 ):
     """True-sequential: each stage sees the quantised linears before it. ``hidden`` becomes the block's output, in place."""
     count, widths = len(hidden), {name: k for name, (k, _) in model.config.linear_shapes().items()}
-    last = layer + 1 == model.config.num_hidden_layers
+    last, outputs = layer + 1 == model.config.num_hidden_layers, {} if teacher is None else teacher.outputs
     halves = (
         (QKV, "self_attn.o_proj", model.attention_input, model.attention_mix),
         (GATE_UP, "mlp.down_proj", model.mlp_input, model.mlp_mix),
@@ -262,11 +263,13 @@ def _solve_block_in_stages(
     for readers, writer, begin, mix in halves:
         inputs = Activations(place, count, lambda i, begin=begin: begin(layer, hidden[i]))
         wanted = teacher and teacher.inputs(readers[0], None)
-        yield from _solve(model, layer, readers, inputs, config, place, _cross(teacher, readers[0], inputs, wanted, hidden))
+        cross = _cross(teacher, readers[0], inputs, wanted, hidden)
+        yield from _solve(model, layer, readers, inputs, config, place, cross, outputs)
         room = place.room(widths[writer]) / (1 if teacher is None else 2)
         mixed = Activations(place, count, lambda i, inputs=inputs, mix=mix: mix(layer, inputs[i]), room)
         wanted = teacher and teacher.inputs(writer, wanted, room)
-        yield from _solve(model, layer, (writer,), mixed, config, place, _cross(teacher, writer, mixed, wanted, hidden))
+        cross = _cross(teacher, writer, mixed, wanted, hidden)
+        yield from _solve(model, layer, (writer,), mixed, config, place, cross, outputs)
         if writer == "self_attn.o_proj" or not last:  # nobody reads the last block's output
             _add_to(hidden, model, layer, writer, mixed, place)
             if teacher is not None:
@@ -335,12 +338,13 @@ def _solve(
     config: QuantizeConfig,
     place: Host,
     cross: Callable[[], drift.Cross] | None = None,
+    outputs: Mapping[str, list[np.ndarray]] = MappingProxyType({}),
 ):
     """Solve the linears that share ``inputs``."""
     hessian = place.hessian(model.config.linear_shapes()[names[0]][0])
     for x in inputs:
         _add(hessian, x, layer, place)
-    yield from _solve_with(model, layer, names, hessian, config, place, None if cross is None else cross().C)
+    yield from _solve_with(model, layer, names, hessian, config, place, None if cross is None else cross().C, outputs)
 
 
 def _solve_with(
@@ -351,6 +355,7 @@ def _solve_with(
     config: QuantizeConfig,
     place: Host,
     cross: np.ndarray | None = None,
+    outputs: Mapping[str, list[np.ndarray]] = MappingProxyType({}),
 ):
     with place.clock("Hessian"), _of_block(layer):
         full_H = hessian.H
@@ -365,6 +370,14 @@ def _solve_with(
         def solver(W: np.ndarray, full: str) -> Solution:
             if R is not None:
                 W = drift.target(W, cross if full.endswith(WRITERS) else product(W, cross), R)
+            if full not in outputs:
+                return some_rows(W, full)
+            blocks = [
+                feedback.factor_outputs(A, config.recipe.outputs, method=place.solver, name=full) for A in outputs[full]
+            ]
+            return feedback.solve_in_parts(W, H, factor, blocks, lambda rows: some_rows(rows, full))
+
+        def some_rows(W: np.ndarray, full: str) -> Solution:
             solution = solve(W, factor, config, method=place.solver, name=full)
             return refine(W, H, solution, factor, config, method=place.solver) if config.recipe.refine else solution
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from tqdm import tqdm
 
@@ -12,10 +14,11 @@ from tinygptq.placement import Host
 
 TOKENS = 8192  # of the calibration text: the matrices are shrunk a good deal anyway, and it takes time
 TOKENS_AT_ONCE = 2048
+WIDTH = 768  # outputs in a block, at most
 SEED = 0  # of the tokens drawn from the model's predictions
 
 
-def output_matrices(model: Llama, ids: np.ndarray, place: Host) -> dict[str, np.ndarray]:
+def output_matrices(model: Llama, ids: np.ndarray, place: Host) -> dict[str, list[np.ndarray]]:
     """``A = sum over tokens of dy dy^T / |dy|`` for every linear, dy the gradient of its output (see backward.py).
 
     The plain sum would be the Fisher information itself. But some tokens' gradients are a thousand times as long as others',
@@ -26,20 +29,29 @@ def output_matrices(model: Llama, ids: np.ndarray, place: Host) -> dict[str, np.
         model: the unquantised one. ids: calibration windows int [samples, T], of which whole ones are used, evenly spaced,
             as many as hold TOKENS tokens.
     Returns:
-        float32 [out, out] by the linear's full name.
+        By the linear's full name, A's blocks along the diagonal: float32 [n, n], n about equal and at most WIDTH.
     """
     count = min(len(ids), max(1, TOKENS // ids.shape[1]))
     ids = ids[np.arange(count) * len(ids) // count]
     size, rng, found = max(1, TOKENS_AT_ONCE // ids.shape[1]), np.random.default_rng(SEED), {}
-    blocks = model.config.num_hidden_layers
-    with tqdm(total=-(-count // size) * blocks, desc="gradients", unit="block", disable=None, leave=False) as bar:
+    layers = model.config.num_hidden_layers
+    with tqdm(total=-(-count // size) * layers, desc="gradients", unit="block", disable=None, leave=False) as bar:
         for i in range(0, count, size):
             for layer, outputs in place.clock.each("backward", output_gradients(model, ids[i : i + size], rng)):
                 with place.clock("backward"):
                     for name, dy in outputs.items():
-                        found.setdefault(f"model.layers.{layer}.{name}", place.hessian(dy.shape[-1])).add(tempered(dy))
+                        dy, bounds = tempered(dy), block_bounds(dy.shape[-1])
+                        blocks = found.setdefault(f"model.layers.{layer}.{name}", [place.hessian(b - a) for a, b in bounds])
+                        for hessian, (a, b) in zip(blocks, bounds, strict=True):
+                            hessian.add(dy[..., a:b])
                 bar.update()
-    return {name: hessian.H for name, hessian in found.items()}
+    return {name: [hessian.H for hessian in blocks] for name, blocks in found.items()}
+
+
+def block_bounds(out: int) -> list[tuple[int, int]]:
+    """Where the blocks of a matrix of so many outputs begin and end."""
+    count = -(-out // WIDTH)
+    return list(itertools.pairwise(out * i // count for i in range(count + 1)))
 
 
 def tempered(dy: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from tinygptq.config import Recipe
 from tinygptq.gptq.drift import Cross
 from tinygptq.model import Llama
 from tinygptq.placement import Host
+from tinygptq.sensitivity import output_matrices
 from tinygptq.weights import DenseLinear, Weights
 
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")  # the linears whose outputs are added to the residual stream
@@ -44,12 +45,15 @@ class Activations:
 class Teacher:
     """The unquantised model on the same text, as far as the quantised one has come: what `gptq.drift` corrects towards.
 
+    outputs: for `gptq.feedback`, by the linears' full names; empty where the recipe does without.
+
     Args:
         model: the model to quantise; of blocks not yet entered it holds the dense linears. ids: the calibration windows.
         done: begin after so many blocks; the text then runs through them first.
     """
 
     def __init__(self, model: Llama, ids: np.ndarray, recipe: Recipe, place: Host, done: int = 0) -> None:
+        self.outputs = output_matrices(model, ids, place) if recipe.outputs else {}
         self._recipe, self._place, self.hidden = recipe, place, place.embed(model, ids)  # each (B, T, C)
         for layer in range(done):
             with place.block(model, layer), place.clock("forward"):

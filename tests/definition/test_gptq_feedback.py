@@ -48,7 +48,7 @@ def test_each_part_starts_where_the_formula_says(method):
         seen.append(rows.copy())
         return quantise(rows)
 
-    solution = solve_in_parts(W, H, prepared(H), outputs, recorded, rows=7)
+    solution = solve_in_parts(W, H, prepared(H), [outputs], recorded, rows=7)
     assert sorted(outputs.order) == list(range(len(W)))
     assert (np.diff(A.diagonal()[outputs.order]) <= 0).all()
     A = 0.7 * A.astype(np.float64) + np.diag(0.3 * A.diagonal() + 1e-3 * A.diagonal().mean())
@@ -62,7 +62,7 @@ def test_each_part_starts_where_the_formula_says(method):
 
 def test_the_loss_is_that_of_the_whole_linear():
     W, H, A = case(1)
-    solution = solve_in_parts(W, H, prepared(H), factor_outputs(A, 0.5), solver(H), rows=8)
+    solution = solve_in_parts(W, H, prepared(H), [factor_outputs(A, 0.5)], solver(H), rows=8)
     E = W.astype(np.float64) - solution.dequantize()
     H = H.astype(np.float64) + CONFIG.damp_percent * H.diagonal().mean() * np.eye(len(H))
     assert solution.loss == pytest.approx(np.trace(E @ H @ E.T) / 2, rel=1e-4)
@@ -74,7 +74,7 @@ def test_it_makes_the_objective_smaller():
         W, H, A = case(seed)
         quantise = solver(H)
         plain = objective(A, W - quantise(W).dequantize(), H)
-        solution = solve_in_parts(W, H, prepared(H), factor_outputs(A, 1.0), quantise, rows=4)
+        solution = solve_in_parts(W, H, prepared(H), [factor_outputs(A, 1.0)], quantise, rows=4)
         ratios.append(objective(A, W - solution.dequantize(), H) / plain)
     assert max(ratios) < 0.8, ratios
 
@@ -83,16 +83,26 @@ def test_outputs_without_a_part_in_each_other_are_solved_as_before():
     W, H, A = case(2)
     alone, quantise = np.diag(A.diagonal()), solver(H)
     for outputs in (factor_outputs(alone, 1.0), factor_outputs(A, 0.0)):
-        solution, plain = solve_in_parts(W, H, prepared(H), outputs, quantise, rows=5), quantise(W)
+        solution, plain = solve_in_parts(W, H, prepared(H), [outputs], quantise, rows=5), quantise(W)
         for field in ("codes", "scales", "zeros", "g_idx"):
             np.testing.assert_array_equal(getattr(solution, field), getattr(plain, field), err_msg=field)
+
+
+def test_blocks_do_not_know_of_each_other():
+    W, H, A = case(4)
+    quantise, blocks = solver(H), [slice(0, 10), slice(10, 24)]
+    solution = solve_in_parts(W, H, prepared(H), [factor_outputs(A[b, b], 0.8) for b in blocks], quantise, rows=4)
+    for b in blocks:
+        alone = solve_in_parts(W[b], H, prepared(H), [factor_outputs(A[b, b], 0.8)], quantise, rows=4)
+        for field in ("codes", "scales", "zeros"):
+            np.testing.assert_array_equal(getattr(solution, field)[b], getattr(alone, field), err_msg=field)
 
 
 def test_an_output_that_nothing_depends_on_is_no_trouble():
     W, H, A = case(3)
     A[5] = A[:, 5] = 0
-    assert np.isfinite(solve_in_parts(W, H, prepared(H), factor_outputs(A, 1.0), solver(H), rows=6).loss)
-    assert np.isfinite(solve_in_parts(W, H, prepared(H), factor_outputs(0 * A, 1.0), solver(H), rows=6).loss)
+    assert np.isfinite(solve_in_parts(W, H, prepared(H), [factor_outputs(A, 1.0)], solver(H), rows=6).loss)
+    assert np.isfinite(solve_in_parts(W, H, prepared(H), [factor_outputs(0 * A, 1.0)], solver(H), rows=6).loss)
 
 
 def test_what_is_no_sum_of_products_is_refused():

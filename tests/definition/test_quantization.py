@@ -14,10 +14,13 @@ from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import RECIPES, QuantizeConfig, Recipe
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq import Hessian, Solution, drift, prepare, round_to_nearest, solve
+from tinygptq.gptq.feedback import factor_outputs, solve_in_parts
 from tinygptq.gptq.hessian import shrink
 from tinygptq.gptq.refine import refine
 from tinygptq.model import Llama
+from tinygptq.placement import Host
 from tinygptq.quantization import LinearReport, packed, quantize_blocks
+from tinygptq.sensitivity import output_matrices
 from tinygptq.weights import Weights
 
 STAGES = (
@@ -87,6 +90,7 @@ def plain_loop(source: Checkpoint, config: QuantizeConfig, taken: dict[str, Solu
     same predecessors.
     """
     model, solutions = model_of(source), {}
+    matrices = output_matrices(model_of(source), IDS, Host()) if config.recipe.outputs else {}
     for layer in range(source.config.num_hidden_layers):
         prefix, found = f"model.layers.{layer}", {}
         for stage in STAGES:
@@ -99,9 +103,14 @@ def plain_loop(source: Checkpoint, config: QuantizeConfig, taken: dict[str, Solu
                     W = target_of(model_of(source), model, full, hessian.H, config)
                 H = shrink(hessian.H, config.recipe.shrink)
                 factor = prepare(H, config, method="definition")
-                found[full] = solve(W, factor, config, method="definition")
-                if config.recipe.refine:
-                    found[full] = refine(W, H, found[full], factor, config, method="definition")
+
+                def solved(W: np.ndarray, H=H, factor=factor) -> Solution:
+                    solution = solve(W, factor, config, method="definition")
+                    return refine(W, H, solution, factor, config, method="definition") if config.recipe.refine else solution
+
+                share = config.recipe.outputs
+                blocks = [factor_outputs(A, share, method="definition") for A in matrices.get(full, ())]
+                found[full] = solve_in_parts(W, H, factor, blocks, solved) if blocks else solved(W)
             if config.true_sequential:
                 model.weights.linears.update({name: packed(taken[name], config) for name in found})
         model.weights.linears.update({name: packed(taken[name], config) for name in found})
@@ -123,8 +132,9 @@ def run(source: Checkpoint, config: QuantizeConfig, ids=IDS) -> tuple[Llama, dic
         QuantizeConfig(3, 64, sym=False, true_sequential=False),
         QuantizeConfig(4, 32, recipe=RECIPES["best"]),
         QuantizeConfig(3, 64, sym=False, desc_act=True, recipe=Recipe(drift=1.0, residual=0.5)),
+        QuantizeConfig(4, 32, recipe=Recipe(outputs=0.5)),
     ],
-    ids=["true-sequential", "a block at once", "best", "drift alone"],
+    ids=["true-sequential", "a block at once", "best", "drift alone", "outputs alone"],
 )
 def test_each_linear_is_calibrated_on_what_its_quantised_predecessors_give(source, config):
     _, found, _ = run(source, config)

@@ -14,12 +14,13 @@ both). Rows are quantised part by part. Given the error ``E_b`` of a part, what 
     E_r = -A_rr^-1 A_rb E_b,  so that  W_r becomes  W_r + A_rr^-1 A_rb E_b
 
 and the next part is quantised from there, by whatever method, with the same H. Within a part, rows are taken for
-independent; the first parts are those of the largest ``A_ii``, as with act-order.
+independent; the first parts are those of the largest ``A_ii``, as with act-order. Of A only blocks along its diagonal are
+used, of a few hundred outputs each: what is beyond them helps little and would take most of the time and memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -36,19 +37,19 @@ ROWS = 64  # in a part: as many as the solver's twin works on together
 
 
 class Outputs(NamedTuple):
-    """A, factored: order, int [out], the rows in the order in which they are quantised; R, [out, out] upper triangular,
-    ``R^T R`` the inverse of A in that order."""
+    """A block of A, factored: order, int [n], the block's rows in the order in which they are quantised; R, [n, n] upper
+    triangular, ``R^T R`` the inverse of the block in that order."""
 
     order: np.ndarray
     R: np.ndarray
 
 
 def factor_outputs(A: np.ndarray, share: float, *, method: str | Any = None, name: str = "weight") -> Outputs:
-    """Order the outputs and factor the inverse of A.
+    """Order the outputs of one block of A and factor its inverse.
 
     Args:
-        A: [out, out], a sum of ``dy dy^T`` over tokens, at any scale; not modified. share: how much of its off-diagonal
-            entries is kept; the rest is taken away for the same reason as with `gptq.hessian.shrink`.
+        A: [n, n], a sum of ``dy dy^T`` over tokens, at any scale; not modified. share: how much of its off-diagonal entries
+            is kept; the rest is taken away for the same reason as with `gptq.hessian.shrink`.
         method: whose `inverse_cholesky` factors it, as for `gptq.solve`. name: what an error calls the linear.
     Raises:
         TinyGPTQError: A holds NaN or infinity, or is no sum of such products.
@@ -71,32 +72,34 @@ def solve_in_parts(
     W: np.ndarray,
     H: np.ndarray,
     factor: Factor,
-    outputs: Outputs,
+    outputs: Sequence[Outputs],
     solve: Callable[[np.ndarray], Solution],
     rows: int = ROWS,
 ) -> Solution:
     """Quantise part by part, the rows to come making up for the errors so far.
 
     Args:
-        W: float32 [out, in]. H: float32 [in, in], undamped. factor: what `gptq.prepare` made of it. None is modified.
-        solve: quantises some rows of weights, float32 [rows, in], by themselves. rows: in a part.
+        W: float32 [out, in]. H: float32 [in, in], undamped. factor: what `gptq.prepare` made of it. outputs: A's blocks, one
+            after the other. None is modified. solve: quantises some rows of weights, float32 [rows, in], by themselves.
+        rows: in a part.
     Returns:
         A solution for all of W; its loss is GPTQ's, ``1/2 tr(E H E^T)`` with H damped and E the error against W as it was
         given: larger than without feedback, which lets it grow where the prediction does not depend on it.
     """
-    xp, R = array_module(W), outputs.R
-    left, parts = W[outputs.order], []
-    for start in range(0, len(W), rows):
-        now, later = slice(start, start + rows), slice(start + rows, None)
-        part = solve(left[now])
-        parts.append(part)
-        if start + rows < len(W):
-            error = left[now] - part.dequantize()  # (rows, in)
-            # A_rr^-1 A_rb = -(R_bb^-1 R_br)^T: the blocks of an inverse, as GPTQ takes them from Hinv
-            with threads.alone():
-                V = xp.linalg.inv(R[now, now])
-            left[later] -= product(product(V, R[now, later]).T, error)
-    back = xp.argsort(outputs.order)
+    xp = array_module(W)
+    parts: list[Solution] = []
+    order: list[np.ndarray] = []
+    for block in outputs:
+        own = sum(map(len, order)) + block.order
+        order.append(own)
+        left = W[own]
+        for start in range(0, len(left), rows):
+            now, later = slice(start, start + rows), slice(start + rows, None)
+            parts.append(solve(left[now]))
+            if start + rows < len(left):
+                error = left[now] - parts[-1].dequantize()  # (rows, in)
+                left[later] -= product(_coupling(block.R, now, later).T, error)
+    back = xp.argsort(xp.concatenate(order))
     codes, scales, zeros = (
         xp.concatenate([getattr(part, field) for part in parts])[back] for field in ("codes", "scales", "zeros")
     )
@@ -105,3 +108,10 @@ def solve_in_parts(
     H, steps = H.copy(), xp.arange(len(H))
     H[steps, steps] = factor.importance
     return replace(whole, loss=float((product(error, H) * error).sum(dtype=np.float64)) / 2)
+
+
+def _coupling(R: np.ndarray, b: slice, r: slice) -> np.ndarray:
+    """``-A_br A_rr^-1``, [b, r], which is ``R_bb^-1 R_br``: r all the rows after b."""
+    with threads.alone():
+        inverse = array_module(R).linalg.inv(R[b, b])
+    return product(inverse, R[b, r])
