@@ -7,7 +7,8 @@ activations only the residual stream at the blocks' borders is kept; a block is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,24 +21,34 @@ TOKENS = 32  # whose activations a thread works on together, in the processor's 
 PREDICTIONS = 8  # positions whose probabilities it works on together
 
 
-def output_gradients(model: Llama, ids: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+def output_gradients(
+    model: Llama,
+    hidden: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    within: Callable[[int, int], AbstractContextManager] = lambda layer, step: nullcontext(),
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Gradients of ``-log p(t)`` with respect to every linear's output, t drawn from the model's own prediction p.
 
     With t drawn so, the expected ``dy dy^T`` is the Fisher information: to second order, an error e of an output changes
     the prediction by the Kullback-Leibler divergence ``1/2 e^T E[dy dy^T] e`` (Martens 2020, arXiv 1412.1193, section 9).
 
     Args:
-        model: its linears dense. ids: int [B, T], each position of which predicts. rng: draws the tokens.
+        model: its linears dense. hidden: what `Llama.embed` gives, [B, T, C] each; every position predicts. rng: draws the
+            tokens. within: entered for each block, with its number and how far it is to the next one's.
     Yields:
-        The blocks from the last to the first: layer, and float32 [B, T, out] for each linear's name within the block.
+        The blocks from the last to the first, and within a block the batches in their order: the block's number, and float32
+        [B, T, out] for each linear's name within the block.
     """
-    stream = [model.embed(ids)]  # (B, T, C) each
-    for layer in range(model.config.num_hidden_layers):
-        stream.append(model.block(layer, stream[-1]))
-    d = _prediction_gradient(model, stream.pop(), rng)
-    for layer in reversed(range(model.config.num_hidden_layers)):
-        d, outputs = block_gradients(model, layer, stream.pop(), d)
-        yield layer, outputs
+    layers, stream = range(model.config.num_hidden_layers), [list(hidden)]
+    for layer in layers:
+        with within(layer, 1):
+            stream.append([model.block(layer, h) for h in stream[-1]])
+    d = [_prediction_gradient(model, h, rng) for h in stream.pop()]
+    for layer in reversed(layers):
+        with within(layer, -1):
+            for i, h in enumerate(stream.pop()):
+                d[i], outputs = block_gradients(model, layer, h, d[i])
+                yield layer, outputs
 
 
 def block_gradients(model: Llama, layer: int, h: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -46,33 +57,31 @@ def block_gradients(model: Llama, layer: int, h: np.ndarray, d: np.ndarray) -> t
     Returns:
         That, and the gradients of the seven linears' outputs by their names within the block, each [B, T, out].
     """
-    config, xp = model.config, ops.array_module(h)
+    config, functions, xp = model.config, model.functions, ops.array_module(h)
     prefix, B, T = f"model.layers.{layer}.", h.shape[0], h.shape[1]
     grads: dict[str, np.ndarray] = {}
 
     def back(name: str, dy: np.ndarray) -> np.ndarray:
         grads[name] = dy
-        weight = xp.asarray(model.weights.linears[prefix + name].weight).astype(np.float32)
-        return product(dy, weight)
+        return product(dy, _wide(xp.asarray(model.weights.linears[prefix + name].weight)))
 
     def heads(name: str, count: int) -> np.ndarray:
         return model.linear(layer, name, x).reshape(B, T, count, -1).swapaxes(1, 2)  # (B, count, T, D)
 
     x = model.attention_input(layer, h)
     cos, sin = ops.rope_tables(xp.asarray(ops.rope_frequencies(config, T)), 0, T)
-    q = ops.apply_rope(heads("self_attn.q_proj", config.num_attention_heads), cos, sin)
-    k = ops.apply_rope(heads("self_attn.k_proj", config.num_key_value_heads), cos, sin)
+    q = functions.apply_rope(heads("self_attn.q_proj", config.num_attention_heads), cos, sin)
+    k = functions.apply_rope(heads("self_attn.k_proj", config.num_key_value_heads), cos, sin)
     v = heads("self_attn.v_proj", config.num_key_value_heads)
-    mixed = model.functions.causal_attention(q.copy(), k.copy(), v.copy())
-    middle = h + model.linear(layer, "self_attn.o_proj", mixed)
+    middle = h + model.linear(layer, "self_attn.o_proj", functions.causal_attention(q, k, v))
 
     x = model.mlp_input(layer, middle)
     gate, up = (model.linear(layer, name, x) for name in ("mlp.gate_proj", "mlp.up_proj"))
-    dgate, dup = swiglu_gradient(gate, up, back("mlp.down_proj", d))
+    dgate, dup = swiglu_gradient(_wide(gate), _wide(up), back("mlp.down_proj", d))
     dx = back("mlp.gate_proj", dgate) + back("mlp.up_proj", dup)
     d = d + rms_norm_gradient(middle, model.weights.norms[prefix + "post_attention_layernorm"], config.rms_norm_eps, dx)
 
-    dq, dk, dv = attention_gradient(q, k, v, back("self_attn.o_proj", d))
+    dq, dk, dv = attention_gradient(_wide(q), _wide(k), _wide(v), back("self_attn.o_proj", d))
     dq, dk = ops.apply_rope(dq, cos, -sin), ops.apply_rope(dk, cos, -sin)  # a rotation's transpose turns back
     by_name = {"self_attn.q_proj": dq, "self_attn.k_proj": dk, "self_attn.v_proj": dv}
     dx = sum(back(name, dy.swapaxes(1, 2).reshape(B, T, -1)) for name, dy in by_name.items())
@@ -81,8 +90,8 @@ def block_gradients(model: Llama, layer: int, h: np.ndarray, d: np.ndarray) -> t
 
 def rms_norm_gradient(x: np.ndarray, weight: np.ndarray, eps: float, dy: np.ndarray) -> np.ndarray:
     """Of `ops.rms_norm`, all [..., C]: with ``r = 1 / sqrt(mean(x^2) + eps)``, ``dx = r g - r^3 x mean(g x)``, g = w dy."""
-    xp = ops.array_module(x)
-    g = dy * xp.asarray(weight).astype(np.float32)
+    xp, x = ops.array_module(x), _wide(x)
+    g = dy * _wide(xp.asarray(weight))
     r = 1 / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))
     return r * (g - x * (r * r * xp.mean(g * x, axis=-1, keepdims=True)))
 
@@ -140,11 +149,11 @@ def attention_gradient(
 
 def _prediction_gradient(model: Llama, h: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Gradient of ``-log p(t)`` with respect to the last block's output h [B, T, C], t drawn from p at each position."""
-    xp, head = ops.array_module(h), ops.array_module(h).asarray(model.weights.head).astype(np.float32)
-    draws = xp.asarray(rng.random((h.shape[0], h.shape[1], 1), np.float32))
-    d = xp.empty_like(h)
+    xp = ops.array_module(h)
+    head, draws = _wide(xp.asarray(model.weights.head)), xp.asarray(rng.random((*h.shape[:2], 1), np.float32))
+    d = xp.empty(h.shape, np.float32)
     for b in range(len(h)):  # a window's logits at a time
-        p = model.logits(h[b : b + 1])[0]  # (T, vocab)
+        p = _wide(model.logits(h[b : b + 1])[0])  # (T, vocab)
 
         def part(rows: slice, p: Any = p, b: int = b) -> None:
             p[rows] = ops.softmax(p[rows])
@@ -154,6 +163,11 @@ def _prediction_gradient(model: Llama, h: np.ndarray, rng: np.random.Generator) 
         share(xp, len(p), p.size, part, at_once=PREDICTIONS)
         d[b] = product(p, head)
     return rms_norm_gradient(h, model.weights.norms["model.norm"], model.config.rms_norm_eps, d)
+
+
+def _wide(x: Any) -> Any:
+    """In float32, which gradients need; on a GPU activations may be in float16."""
+    return x.astype(np.float32, copy=False)
 
 
 def product(a: Any, b: Any) -> Any:

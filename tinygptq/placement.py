@@ -109,9 +109,13 @@ class Host:
         """The residual stream before the first block: batches, each (B, T, C), in something that is used like a list."""
         return [model.embed(batch) for batch in self.batches(ids)]
 
-    def block(self, model: Llama, layer: int) -> AbstractContextManager:
-        """Within it, the block's linears are where its products are done."""
+    def block(self, model: Llama, layer: int, step: int = 1) -> AbstractContextManager:
+        """Within it, the block's linears are where its products are done; block ``layer + step`` will be next."""
         return contextlib.nullcontext()
+
+    def with_head(self, model: Llama) -> Llama:
+        """The same model, of which `Llama.logits` works too; linears are shared."""
+        return model
 
     def room(self, width: int) -> float:
         """Bytes of activations that may be kept while linears with ``width`` inputs are solved."""

@@ -44,7 +44,7 @@ RESIDUAL = np.float16
 EXACT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # rounded to fp16, they would change o_proj's codes
 MODEST = 7.5e9  # bytes of the card up to which activations are kept, to save time; for a recipe of two models so much each
 SPARE = 1e9  # of them, for what the memory pool cannot use
-BASE = 700 << 20  # of the card: CUDA's own, the libraries' code and workspaces, cuBLAS's and cuSOLVER's
+BASE = 950 << 20  # of the card: CUDA's own, the libraries' code and workspaces, cuBLAS's and cuSOLVER's
 
 
 class CardClock(Clock):
@@ -114,8 +114,6 @@ class Card(Host):
         return Llama(source.config, weights, calibration)
 
     def announce(self, source: Checkpoint, ids: np.ndarray | None, config: QuantizeConfig) -> None:
-        if getattr(config.recipe, "outputs", 0):
-            raise TinyGPTQError("a recipe that looks at the outputs' gradients runs on the CPU; take 'fast' or 'plain' here")
         self._recipe, models = config.recipe, 1 + config.recipe.follows
         stream = 0 if ids is None else models * stream_bytes(source.config, ids.size)
         self._most, self._modest = cupy().cuda.runtime.memGetInfo()[0], models * MODEST
@@ -128,7 +126,7 @@ class Card(Host):
         peak = max(self._used + stages[k] + kept[k] for k in widths)
         cupy().get_default_memory_pool().set_limit(size=int(max(peak + SPARE, self._modest) - BASE))
         log.info("memory: about %.1f GB on the GPU, of which %.1f GB are free, and %.1f GB on the host",
-                 peak / 1e9, self._most / 1e9, (HOST_BASE + self._on_host * stream) / 1e9)  # fmt: skip
+                 (peak + SPARE) / 1e9, self._most / 1e9, (HOST_BASE + self._on_host * stream) / 1e9)  # fmt: skip
         self._helper.submit(self._warm_up, config, cupy().cuda.Device())
 
     def _warm_up(self, config: QuantizeConfig, device: Any) -> None:
@@ -152,14 +150,19 @@ class Card(Host):
         return HostBatches(batches) if self._on_host else list(batches)
 
     @contextlib.contextmanager
-    def block(self, model: Llama, layer: int) -> Iterator[None]:
+    def block(self, model: Llama, layer: int, step: int = 1) -> Iterator[None]:
         with self.clock("read"):
             linears = self._reader.take(layer)
-        if layer + 1 < model.config.num_hidden_layers:
-            self._reader.start(layer + 1)
+        if 0 <= layer + step < model.config.num_hidden_layers:
+            self._reader.start(layer + step)
         with self._in_place(model, linears):
             del linears  # each dense weight goes when it is replaced
             yield
+
+    def with_head(self, model: Llama) -> Llama:
+        weights = model.weights
+        head = on_card(np.asarray(weights.head))
+        return Llama(model.config, Weights(weights.embedding, head, weights.norms, weights.linears), calibration)
 
     @contextlib.contextmanager
     def _in_place(self, model: Llama, linears: dict[str, Linear]) -> Iterator[None]:
@@ -173,9 +176,7 @@ class Card(Host):
                 del model.weights.linears[name]
 
     def room(self, width: int) -> float:
-        pool = cupy().get_default_memory_pool()
-        if pool.free_bytes() > SPARE:  # pieces of other sizes than the coming stage needs
-            pool.free_all_blocks()
+        cupy().get_default_memory_pool().free_all_blocks()  # pieces of other sizes than the coming stage needs
         stage = stage_bytes(self._source.config, width, self._recipe)
         return min(self._modest, self._most) - SPARE - self._used - stage
 
@@ -247,7 +248,7 @@ class Card(Host):
 
 
 def malloc(pool: Any, size: int) -> Any:
-    """From CuPy's pool, whose limit is soft: there, unused pieces go back to the card, and then, if need be, the limit goes.
+    """From CuPy's pool, whose limit is soft: there, unused pieces go back to the card, and then, if need be, it is raised.
 
     (Without one the pool would keep pieces of all the sizes that the stages of a block need one after another.)
     """
@@ -256,7 +257,7 @@ def malloc(pool: Any, size: int) -> Any:
     except cupy().cuda.memory.OutOfMemoryError:
         if not pool.get_limit():
             raise
-        pool.set_limit(size=0)
+        pool.set_limit(size=pool.get_limit() + size)
         return pool.malloc(size)
 
 

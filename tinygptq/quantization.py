@@ -31,6 +31,7 @@ from tinygptq.gptq.hessian import shrink
 from tinygptq.gptq.refine import product, refine
 from tinygptq.hub import model_name, resolve
 from tinygptq.model import Llama
+from tinygptq.ops import array_module
 from tinygptq.placement import Host, fast_model, packed
 from tinygptq.quantize_report import (
     DeadInputs,
@@ -372,9 +373,8 @@ def _solve_with(
                 W = drift.target(W, cross if full.endswith(WRITERS) else product(W, cross), R)
             if full not in outputs:
                 return some_rows(W, full)
-            blocks = [
-                feedback.factor_outputs(A, config.recipe.outputs, method=place.solver, name=full) for A in outputs[full]
-            ]
+            share, xp = config.recipe.outputs, array_module(W)
+            blocks = [feedback.factor_outputs(xp.asarray(A), share, method=place.solver, name=full) for A in outputs[full]]
             return feedback.solve_in_parts(W, H, factor, blocks, lambda rows: some_rows(rows, full))
 
         def some_rows(W: np.ndarray, full: str) -> Solution:

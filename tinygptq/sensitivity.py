@@ -8,8 +8,9 @@ import numpy as np
 from tqdm import tqdm
 
 from tinygptq.backward import output_gradients
+from tinygptq.gptq import Hessian
 from tinygptq.model import Llama
-from tinygptq.ops import array_module
+from tinygptq.ops import array_module, to_numpy
 from tinygptq.placement import Host
 
 TOKENS = 8192  # of the calibration text: the matrices are shrunk a good deal anyway, and it takes time
@@ -29,23 +30,26 @@ def output_matrices(model: Llama, ids: np.ndarray, place: Host) -> dict[str, lis
         model: the unquantised one. ids: calibration windows int [samples, T], of which whole ones are used, evenly spaced,
             as many as hold TOKENS tokens.
     Returns:
-        By the linear's full name, A's blocks along the diagonal: float32 [n, n], n about equal and at most WIDTH.
+        By the linear's full name, A's blocks along the diagonal: NumPy's float32 [n, n], n about equal and at most WIDTH.
     """
     count = min(len(ids), max(1, TOKENS // ids.shape[1]))
     ids = ids[np.arange(count) * len(ids) // count]
-    size, rng, found = max(1, TOKENS_AT_ONCE // ids.shape[1]), np.random.default_rng(SEED), {}
-    layers = model.config.num_hidden_layers
-    with tqdm(total=-(-count // size) * layers, desc="gradients", unit="block", disable=None, leave=False) as bar:
-        for i in range(0, count, size):
-            for layer, outputs in place.clock.each("backward", output_gradients(model, ids[i : i + size], rng)):
-                with place.clock("backward"):
-                    for name, dy in outputs.items():
-                        dy, bounds = tempered(dy), block_bounds(dy.shape[-1])
-                        blocks = found.setdefault(f"model.layers.{layer}.{name}", [place.hessian(b - a) for a, b in bounds])
-                        for hessian, (a, b) in zip(blocks, bounds, strict=True):
-                            hessian.add(dy[..., a:b])
-                bar.update()
-    return {name: [hessian.H for hessian in blocks] for name, blocks in found.items()}
+    size, layers = max(1, TOKENS_AT_ONCE // ids.shape[1]), model.config.num_hidden_layers
+    hidden = [batch for i in range(0, count, size) for batch in place.embed(model, ids[i : i + size])]
+    gradients = output_gradients(
+        place.with_head(model), hidden, np.random.default_rng(SEED), lambda layer, step: place.block(model, layer, step)
+    )
+    found: dict[str, list[Hessian]] = {}
+    with tqdm(total=len(hidden) * layers, desc="gradients", unit="block", disable=None, leave=False) as bar:
+        for layer, outputs in place.clock.each("backward", gradients):
+            with place.clock("backward"):
+                for name, dy in outputs.items():
+                    bounds, dy = block_bounds(dy.shape[-1]), tempered(dy)
+                    blocks = found.setdefault(f"model.layers.{layer}.{name}", [Hessian(b - a) for a, b in bounds])
+                    for hessian, (a, b) in zip(blocks, bounds, strict=True):
+                        hessian.add(dy[..., a:b])
+            bar.update()
+    return {name: [to_numpy(hessian.H) for hessian in blocks] for name, blocks in found.items()}
 
 
 def block_bounds(out: int) -> list[tuple[int, int]]:

@@ -30,14 +30,14 @@ def test_it_is_the_sum_over_the_chosen_windows(model, monkeypatch):
     monkeypatch.setattr(sensitivity, "TOKENS", 33)
     monkeypatch.setattr(sensitivity, "TOKENS_AT_ONCE", 20)
     monkeypatch.setattr(sensitivity, "WIDTH", 50)
-    ids, rng, expected = windows(6, 10), np.random.default_rng(sensitivity.SEED), {}
-    for batch in (ids[[0, 2]], ids[[4]]):  # three whole windows of ten, evenly spaced, two at a time
-        for layer, outputs in output_gradients(model, batch, rng):
-            for name, dy in outputs.items():
-                dy = dy.reshape(-1, dy.shape[-1]).astype(np.float64)
-                full, lengths = f"model.layers.{layer}.{name}", np.linalg.norm(dy, axis=1)
-                part = np.einsum("ti,tj,t->ij", dy, dy, 1 / np.where(lengths > 0, lengths, 1))
-                expected[full] = expected.get(full, 0) + part
+    ids, expected = windows(6, 10), {}
+    hidden = [model.embed(batch) for batch in (ids[[0, 2]], ids[[4]])]  # three whole windows, evenly spaced, two at a time
+    for layer, outputs in output_gradients(model, hidden, np.random.default_rng(sensitivity.SEED)):
+        for name, dy in outputs.items():
+            dy = dy.reshape(-1, dy.shape[-1]).astype(np.float64)
+            full, lengths = f"model.layers.{layer}.{name}", np.linalg.norm(dy, axis=1)
+            part = np.einsum("ti,tj,t->ij", dy, dy, 1 / np.where(lengths > 0, lengths, 1))
+            expected[full] = expected.get(full, 0) + part
     found = sensitivity.output_matrices(model, ids, Host())
     assert found.keys() == model.weights.linears.keys() == expected.keys()
     for name, blocks in found.items():
@@ -64,7 +64,7 @@ def test_gradients_foretell_the_divergence(model):
     come; here of errors of the same direction at any one position, averaged."""
     layer, name, T = 0, "mlp.down_proj", 6
     full, rng, ids = f"model.layers.{layer}.{name}", np.random.default_rng(1), windows(1, T)
-    samples = [dict(output_gradients(model, ids, rng))[layer][name][0] for _ in range(400)]  # (T, out) each
+    samples = [dict(output_gradients(model, [model.embed(ids)], rng))[layer][name][0] for _ in range(400)]  # (T, out) each
     e = rng.normal(size=samples[0].shape[-1]).astype(np.float32)
     expected = np.mean([(dy @ e) ** 2 for dy in samples], axis=0) / 2  # (T,)
     before, size, found = model.forward(ids), np.float32(0.02), []

@@ -65,7 +65,7 @@ def test_gradients_of_all_outputs_are_autograds(tmp_path, monkeypatch, name, fun
     expected, tokens = by_autograd(folder, ids, seed=3)
     assert len(np.unique(tokens)) > 10
     model, found = Llama(checkpoint.config, checkpoint.weights, functions), {}
-    for layer, outputs in backward.output_gradients(model, ids, np.random.default_rng(3)):
+    for layer, outputs in backward.output_gradients(model, [model.embed(ids)], np.random.default_rng(3)):
         found |= {f"model.layers.{layer}.{linear}": dy for linear, dy in outputs.items()}
     assert found.keys() == expected.keys()
     for linear, dy in expected.items():

@@ -33,7 +33,7 @@ from tinygptq.gptq.solver import Factor, Solution, check_method, inverse_cholesk
 from tinygptq.ops import array_module
 
 DAMP = 1e-3  # of the mean of diag(A)
-ROWS = 64  # in a part: as many as the solver's twin works on together
+ROWS, PARTS = 64, 12  # rows in a part: as many as the solver's twin works on together, or a twelfth of all
 
 
 class Outputs(NamedTuple):
@@ -74,19 +74,19 @@ def solve_in_parts(
     factor: Factor,
     outputs: Sequence[Outputs],
     solve: Callable[[np.ndarray], Solution],
-    rows: int = ROWS,
+    rows: int = 0,
 ) -> Solution:
     """Quantise part by part, the rows to come making up for the errors so far.
 
     Args:
         W: float32 [out, in]. H: float32 [in, in], undamped. factor: what `gptq.prepare` made of it. outputs: A's blocks, one
             after the other. None is modified. solve: quantises some rows of weights, float32 [rows, in], by themselves.
-        rows: in a part.
+        rows: in a part; 0 stands for what ROWS and PARTS say.
     Returns:
         A solution for all of W; its loss is GPTQ's, ``1/2 tr(E H E^T)`` with H damped and E the error against W as it was
         given: larger than without feedback, which lets it grow where the prediction does not depend on it.
     """
-    xp = array_module(W)
+    xp, rows = array_module(W), rows or max(ROWS, -(-len(W) // PARTS))
     parts: list[Solution] = []
     order: list[np.ndarray] = []
     for block in outputs:
