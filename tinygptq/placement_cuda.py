@@ -42,6 +42,7 @@ log = logging.getLogger("tinygptq")
 
 RESIDUAL = np.float16
 EXACT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # rounded to fp16, they would change o_proj's codes
+NARROW = 2048  # inputs up to which products in float32 take next to no time, and H is as good as the processor's
 MODEST = 7.5e9  # bytes of the card up to which activations are kept, to save time; for a recipe of two models so much each
 SPARE = 1e9  # of them, for what the memory pool cannot use
 BASE = 950 << 20  # of the card: CUDA's own, the libraries' code and workspaces, cuBLAS's and cuSOLVER's
@@ -181,7 +182,7 @@ class Card(Host):
         return min(self._modest, self._most) - SPARE - self._used - stage
 
     def hessian(self, in_features: int) -> Hessian:
-        return HalfHessian(in_features)
+        return HalfHessian(in_features) if in_features > NARROW else Hessian(in_features)
 
     def cross(self) -> Cross:
         """In TF32: a sum over all tokens of products whose first factor is a difference that fp16 has rounded."""

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
 def same_as_before(branch: str, rung: str) -> bool:
     """Whether the part makes no difference: files with act-order are quantised in that order by any recipe."""
     ordered = BRANCHES[branch][2] and rung in ("act-order", "best without act_order")
-    return ordered or (rung == "best" and WHOLE)
+    return ordered or (WHOLE and rung in ("best", "best without residual"))
 
 
 def config_of(recipe: Recipe, branch: tuple) -> QuantizeConfig:
@@ -163,7 +163,8 @@ def table(args: argparse.Namespace) -> None:
         joined = models.setdefault(result["model"], {**result, "rows": []})
         joined["rows"] += result["rows"]
     for model, result in models.items():
-        print(f"# {model}\n\n{result['protocol'].capitalize()} ({'; '.join(result['texts'])}). {result['device']}.\n")
+        protocol = result["protocol"][0].upper() + result["protocol"][1:]
+        print(f"# {model}\n\n{protocol} ({'; '.join(result['texts'])}). {result['device']}.\n")
         for number, text in enumerate(result["unquantised"]):
             rungs = [rung for rung in LADDER if rung != "residual" or not WHOLE] if number == 0 else list(SHORT)
             print_text(result, text, originals_of(model, args.reference) if number == 0 else {}, rungs)
@@ -194,7 +195,7 @@ def cells(result: dict[str, Any], text: str) -> dict[tuple[str, str], float]:
     """Perplexities by branch and rung; what is the same as another rung stands under both."""
     found = {(row["branch"], row["rung"]): row["perplexity"][text] for row in result["rows"]}
     for branch in BRANCHES:
-        for same, other in (("act-order", "clip"), ("best", "residual")):
+        for same, other in (("act-order", "clip"), ("best", "residual"), ("best without residual", "drift")):
             if same_as_before(branch, same) and (branch, other) in found:
                 found[branch, same] = found[branch, other]
     return found

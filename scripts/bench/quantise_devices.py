@@ -7,7 +7,7 @@
 ``cpu`` quantises on this machine's processor and keeps perplexities and the codes of block 0's attention; ``gpu`` does the
 same on the GPU, twice, and compares. The ids file holds calibration windows [32, 512] and evaluation windows [12, 2048]. All
 models are evaluated by the same forward pass, on the GPU: fp16 weights, float32 logits. With --vary the first branch is
-quantised with other widths too: a float32 residual stream, and a Hessian of float32 products.
+quantised with other widths too: a float32 residual stream, and Hessians by tensor cores.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tinygptq.config import QuantizeConfig
 from tinygptq.gptq import Hessian
 from tinygptq.kernels.cuda import calibration
 from tinygptq.kernels.cuda.cublas import cublas
+from tinygptq.kernels.cuda.hessian import HalfHessian
 from tinygptq.kernels.cuda.runtime import cupy
 from tinygptq.model import Llama
 from tinygptq.ops import to_numpy
@@ -40,11 +41,11 @@ FIRST = [f"model.layers.0.self_attn.{part}_proj" for part in ("q", "k", "v", "o"
 Outcome = tuple[dict[str, Any], dict[str, np.ndarray], float]
 
 
-class WideHessian(Card):
-    """A GPU whose Hessians are sums of float32 products of float32 numbers."""
+class Halves(Card):
+    """A GPU that makes all Hessians on tensor cores, as it does those of wider inputs than this model's."""
 
     def hessian(self, in_features: int) -> Hessian:
-        return Hessian(in_features)
+        return HalfHessian(in_features)
 
 
 def dense_on_card(source: Checkpoint) -> dict[str, DenseLinear]:
@@ -118,8 +119,7 @@ def compare(source: Checkpoint, branch: str, windows: np.ndarray, text: np.ndarr
 def vary(source: Checkpoint, branch: str, windows: np.ndarray, text: np.ndarray, kept: Any) -> dict[str, Any]:
     """Other widths of the calibration pass, beside the processor's codes."""
     rows, here = {}, {f"{name}.codes": kept[f"{branch} {name}"] for name in FIRST}
-    for name, kind, residual in (("float32 residual", Card, np.float32), ("float32 Hessian", WideHessian, np.float16),
-                                 ("both", WideHessian, np.float32)):  # fmt: skip
+    for name, kind, residual in (("float32 residual", Card, np.float32), ("Hessian on tensor cores", Halves, np.float16)):
         placement_cuda.RESIDUAL, usual = residual, placement_cuda.RESIDUAL
         try:
             linears, arrays, _ = quantised(kind(), source, windows, BRANCHES[branch])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda_layers import relative_error
 from helpers import contents, random_llama_folder, save_byte_tokenizer
 
 from tinygptq.checkpoint import load_checkpoint
@@ -59,9 +60,11 @@ def test_beside_the_cpu_and_twice(source, text, tmp_path, kind):
             same_order = linear.perm is None or np.array_equal(linear.perm, there[name].perm)
             # o_proj's inputs have been fp16: where two entries of diag(H) nearly tie, groups may be cut another way
             assert same_order or name.endswith("o_proj"), name
-            # best's o_proj makes up for differences between two models, of which fp16 leaves fewer digits
-            least = 0.6 if kind == "best" and name.endswith("o_proj") else 0.9
-            assert not same_order or (linear.dequantize() == there[name].dequantize()).mean() > least, name
+            a, b = linear.dequantize(), there[name].dequantize()
+            if kind == "best" and name.endswith("o_proj"):  # a scale is refitted for all its codes: none of them stays equal
+                assert relative_error(b, a) < 0.1, (name, relative_error(b, a), (a == b).mean())
+            elif same_order:
+                assert (a == b).mean() > 0.9, name
     assert [r.name for r in report.linears] == [r.name for r in expected.linears]
     if kind != "rounding":
         for a, b in zip(report.linears[:7], expected.linears[:7], strict=True):
@@ -103,6 +106,19 @@ def test_activations_on_the_host_change_nothing(source, text, tmp_path, monkeypa
     run(source, tmp_path / "b", text, kind)
     assert made == [1] * (2 if kind == "best" else 1)  # best has the unquantised model's stream too
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_hessians_on_tensor_cores(source, text, tmp_path, monkeypatch):
+    """As for inputs wider than those of this model."""
+    from tinygptq import placement_cuda
+
+    reports = [run(source, tmp_path / "a", text, "main")]
+    monkeypatch.setattr(placement_cuda, "NARROW", 0)
+    reports.append(run(source, tmp_path / "b", text, "main"))
+    run(source, tmp_path / "c", text, "main")
+    assert contents(tmp_path / "b") == contents(tmp_path / "c")
+    for a, b in zip(*(report.linears[:7] for report in reports), strict=True):
+        assert abs(a.loss / b.loss - 1) < 0.05, a.name
 
 
 def test_kill_9(source, text, tmp_path):
