@@ -41,21 +41,17 @@ BRANCHES = {  # bits, group size, act-order: the six published permutations, and
     "3-bit g128 act-order": (3, 128, True),
     "2-bit g64 act-order": (2, 64, True),
 }
-FAST, BEST = RECIPES["fast"], RECIPES["best"]
-LADDER = {  # each adds one part to the one before it
-    "plain": RECIPES["plain"],
-    "clip": replace(RECIPES["plain"], clip=True),
-    "act-order": replace(FAST, shrink=0.0),
-    "shrink (fast)": FAST,
-    "refine": replace(FAST, refine=BEST.refine),
-    "drift": replace(FAST, refine=BEST.refine, drift=BEST.drift),
-    "residual": replace(FAST, refine=BEST.refine, drift=BEST.drift, residual=BEST.residual),
-    "best": BEST,
+BEST, NONE = RECIPES["best"], RECIPES["plain"]
+# the parts of a recipe in the order in which they are added; of the first three `fast` is made
+PARTS = {"clip": "clip", "act_order": "act-order", "shrink": "shrink (fast)", "refine": "refine", "drift": "drift",
+         "residual": "residual", "outputs": "outputs"}  # fmt: skip
+USED = [part for part in PARTS if getattr(BEST, part) != getattr(NONE, part)]
+LADDER = {"plain": NONE} | {
+    PARTS[part]: replace(NONE, **{name: getattr(BEST, name) for name in USED[: i + 1]}) for i, part in enumerate(USED)
 }
-OFF = {"clip": False, "act_order": False, "shrink": 0.0, "refine": 0, "drift": 0.0, "residual": 0.0}
-RUNGS = LADDER | {f"best without {part}": replace(BEST, **{part: none}) for part, none in OFF.items()}
-WHOLE = asdict(BEST) == asdict(LADDER["residual"])  # whether the last part makes `best`
-SHORT = ("plain", "shrink (fast)", "best")  # what is shown of texts of another kind
+LAST, BEFORE = list(LADDER)[-1], list(LADDER)[-2]  # the first is `best`
+RUNGS = LADDER | {f"best without {part}": replace(BEST, **{part: getattr(NONE, part)}) for part in USED}
+SHORT = ("plain", "shrink (fast)", LAST)  # what is shown of texts of another kind
 Measure = Callable[[Recipe, tuple], tuple[dict[str, float], float]]
 
 
@@ -86,9 +82,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def same_as_before(branch: str, rung: str) -> bool:
-    """Whether the part makes no difference: files with act-order are quantised in that order by any recipe."""
+    """Whether it is another rung again: files with act-order, for one, are quantised in that order by any recipe."""
     ordered = BRANCHES[branch][2] and rung in ("act-order", "best without act_order")
-    return ordered or (WHOLE and rung in ("best", "best without residual"))
+    return ordered or rung == f"best without {USED[-1]}"
 
 
 def config_of(recipe: Recipe, branch: tuple) -> QuantizeConfig:
@@ -166,8 +162,8 @@ def table(args: argparse.Namespace) -> None:
         protocol = result["protocol"][0].upper() + result["protocol"][1:]
         print(f"# {model}\n\n{protocol} ({'; '.join(result['texts'])}). {result['device']}.\n")
         for number, text in enumerate(result["unquantised"]):
-            rungs = [rung for rung in LADDER if rung != "residual" or not WHOLE] if number == 0 else list(SHORT)
-            print_text(result, text, originals_of(model, args.reference) if number == 0 else {}, rungs)
+            originals = originals_of(model, args.reference) if number == 0 else {}
+            print_text(result, text, originals, list(LADDER if number == 0 else SHORT))
         print_without(result)
     print_times([json.loads(path.read_text()) for path in args.times])
 
@@ -180,13 +176,18 @@ def originals_of(model: str, path: Path | None) -> dict[tuple, float]:
     return {(c["bits"], c["group_size"], c["desc_act"]): c["perplexity_gptq"] for c in reference["configs"]}
 
 
+def title(rung: str) -> str:
+    return f"{rung} (best)" if rung == LAST else rung
+
+
 def print_times(results: list[dict[str, Any]]) -> None:
     """Of main, each quantised with nothing beside it; the last of several runs, when everything is compiled."""
     if not results:
         return
-    print("# Seconds to quantise main\n\n| model | device | " + " | ".join(SHORT) + " |\n|" + "---|" * (len(SHORT) + 2))
+    heads = ["model", "device", *map(title, SHORT)]
+    print("# Seconds to quantise main\n\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for result in results:
-        seconds = {row["rung"]: row["seconds"] for row in result["rows"]} | {"best": result["rows"][-1]["seconds"]}
+        seconds = {row["rung"]: row["seconds"] for row in result["rows"]}
         numbers = " | ".join(f"{seconds[rung]:.2f}" for rung in SHORT)
         print(f"| {result['model']} | {result['device']} | {numbers} |")
 
@@ -195,7 +196,7 @@ def cells(result: dict[str, Any], text: str) -> dict[tuple[str, str], float]:
     """Perplexities by branch and rung; what is the same as another rung stands under both."""
     found = {(row["branch"], row["rung"]): row["perplexity"][text] for row in result["rows"]}
     for branch in BRANCHES:
-        for same, other in (("act-order", "clip"), ("best", "residual"), ("best without residual", "drift")):
+        for same, other in (("act-order", "clip"), (f"best without {USED[-1]}", BEFORE)):
             if same_as_before(branch, same) and (branch, other) in found:
                 found[branch, same] = found[branch, other]
     return found
@@ -205,12 +206,12 @@ def print_text(result: dict[str, Any], text: str, originals: dict[tuple, float],
     found, unquantised = cells(result, text), result["unquantised"][text]
     rungs = [rung for rung in rungs if any((branch, rung) in found for branch in BRANCHES)]
     print(f"## Perplexity on {text}; unquantised {unquantised:.3f}\n")
-    heads = ["branch", *rungs, *(["original GPTQ", "of its loss `best` removes"] if originals else [])]
+    heads = ["branch", *map(title, rungs), *(["original GPTQ", "of its loss `best` removes"] if originals else [])]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for branch, key in BRANCHES.items():
         numbers = [f"{found[branch, rung]:.3f}" if (branch, rung) in found else "" for rung in rungs]
         if originals:
-            original, best = originals.get(key), found.get((branch, "best"))
+            original, best = originals.get(key), found.get((branch, LAST))
             numbers.append(f"{original:.3f}" if original else "")
             numbers.append(f"{100 * (original - best) / (original - unquantised):.0f} %" if original and best else "")
         if any((branch, rung) in found for rung in rungs):
@@ -220,14 +221,14 @@ def print_text(result: dict[str, Any], text: str, originals: dict[tuple, float],
 
 def print_without(result: dict[str, Any]) -> None:
     text = next(iter(result["unquantised"]))
-    found, parts = cells(result, text), [f"best without {part}" for part in OFF]
-    branches = [branch for branch in BRANCHES if any((branch, part) in found for part in parts)]
+    found, parts = cells(result, text), [f"best without {part}" for part in USED]
+    branches = [branch for branch in BRANCHES if any((branch, part) in found for part in parts[:-1])]
     if not branches:
         return
     print(f"## `best` with one part off, perplexity on {text}\n")
-    print("| branch | best | " + " | ".join(f"no {part}" for part in OFF) + " |\n|" + "---|" * (len(OFF) + 2))
+    print("| branch | best | " + " | ".join(f"no {part}" for part in USED) + " |\n|" + "---|" * (len(USED) + 2))
     for branch in branches:
-        numbers = (f"{found[branch, rung]:.3f}" if (branch, rung) in found else "" for rung in ["best", *parts])
+        numbers = (f"{found[branch, rung]:.3f}" if (branch, rung) in found else "" for rung in [LAST, *parts])
         print(f"| {branch} | " + " | ".join(numbers) + " |")
     print()
 
