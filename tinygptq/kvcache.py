@@ -8,6 +8,12 @@ from tinygptq.config import LlamaConfig
 from tinygptq.errors import TinyGPTQError
 
 
+def require_tokens(length: int, tokens: int, capacity: int) -> None:
+    """Raise unless ``tokens`` more fit after ``length`` that are cached."""
+    if length + tokens > capacity:
+        raise TinyGPTQError(f"context is full: {length} tokens are cached and {tokens} more do not fit in {capacity}")
+
+
 class KVCache:
     """Room for ``capacity`` tokens of ``batch`` sequences, made once; ``length`` tokens are filled.
 
@@ -38,10 +44,7 @@ class KVCache:
 
     def require(self, tokens: int) -> None:
         """Raise unless ``tokens`` more fit."""
-        if self.length + tokens > self.capacity:
-            raise TinyGPTQError(
-                f"context is full: {self.length} tokens are cached and {tokens} more do not fit in {self.capacity}"
-            )
+        require_tokens(self.length, tokens, self.capacity)
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Write ``k, v [B, G, T, D]`` after the cached tokens of one layer; return all of that layer's, [B, G, S, D].

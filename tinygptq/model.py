@@ -33,6 +33,15 @@ class Functions(Protocol):
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray: ...
 
 
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """Raises TinyGPTQError unless ids are int [B, T], T at least 1, of the vocabulary."""
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise TinyGPTQError(f"token ids should have the shape [batch, tokens], found {list(ids.shape)}")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise TinyGPTQError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
+
+
 class Llama:
     """A LLaMA over arrays.
 
@@ -73,17 +82,8 @@ class Llama:
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """int [B, T] -> float32 [B, T, C]."""
-        self.check_ids(ids)
+        check_ids(ids, self.config.vocab_size)
         return self.weights.embedding[ids].astype(np.float32)
-
-    def check_ids(self, ids: np.ndarray) -> None:
-        """Raises TinyGPTQError unless ids are int [B, T], T at least 1, of the vocabulary."""
-        if ids.ndim != 2 or ids.shape[1] == 0:
-            raise TinyGPTQError(f"token ids should have the shape [batch, tokens], found {list(ids.shape)}")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.config.vocab_size:
-            bad = low if low < 0 else high
-            raise TinyGPTQError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
 
     def block(self, layer: int, h: np.ndarray, cache: KVCache | None = None, last_only: bool = False) -> np.ndarray:
         """One transformer block, float32 [B, T, C] -> [B, T, C]: attention and MLP, each added to the residual stream.

@@ -12,7 +12,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 from numba.cuda import types
 
-from tinygptq.kernels.cuda import decode_attention, dense, draw, epilogues, prefill_attention, rows
+from tinygptq.kernels.cuda import cache_codec, decode_attention, dense, draw, epilogues, prefill_attention, rows
 
 F16, F32, F64, I32, I8 = types.float16, types.float32, types.float64, types.int32, types.int8
 MMA, WAIT = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "griddepcontrol.wait"
@@ -37,18 +37,19 @@ def check(kernel, signature, capability, *instructions):
     return ptx
 
 
-@pytest.mark.parametrize("capability,bits", [((8, 0), 16), ((9, 0), 8)])
-def test_decode_attention(capability, bits):
+@pytest.mark.parametrize("capability,bits,splits", [((8, 0), 16, 5), ((9, 0), 8, 2)])
+def test_decode_attention(capability, bits, splits):
     numbers = F16 if bits == 16 else I8
     cache = together(array(numbers, 4), array(numbers, 4), array(F16, 1), array(F16, 1))
-    signature = (*[array(F32, 2)] * 3, array(I32, 1), cache, array(I32, 1), array(F32, 4), array(I32, 1), array(F16, 2))
-    kernel = decode_attention.decode_attention_kernel(6, 2, 64, bits)
+    signature = (*[array(F32, 2)] * 3, array(I32, 1), cache, array(I32, 1), array(F32, 1), array(I32, 1), array(F16, 2))
+    kernel = decode_attention.decode_attention_kernel(6, 2, 64, bits, splits)
     check(kernel, signature, capability, MMA, "ex2.approx", "atom.", *([WAIT] if capability >= (9, 0) else []))
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (9, 0)])
 def test_prefill_attention(capability):
-    signature = (array(F16, 2), array(F16, 3), array(F16, 3), types.int64, array(I32, 1), array(F16, 2))
+    tables = array(F32, 2), array(F32, 2)
+    signature = (array(F16, 2), *tables, array(F16, 3), array(F16, 3), types.int64, array(I32, 1), array(F16, 2))
     kernel = prefill_attention.prefill_attention_kernel(6, 2, 64, 64)
     check(kernel, signature, capability, MMA, "ldmatrix.sync.aligned.m8n8.x4.trans", "cp.async.cg.shared.global")
 
@@ -86,7 +87,8 @@ def test_small_layers(capability):
     )
     check(rows.swiglu_kernel(capability == (9, 0)), (array(F16, 2), order, array(F16, 2)), capability, "ex2.approx")
     cache = together(array(F16, 4), array(F16, 4), array(F16, 1), array(F16, 1))
-    check(rows.rotate_kernel(6, 2, 64, 16), (array(F16, 2), *[array(F32, 2)] * 2, *[types.int64] * 2, cache), capability)
+    signature = (array(F16, 2), *[array(F32, 2)] * 2, *[types.int64] * 2, cache)
+    check(cache_codec.fill_kernel(6, 2, 64, 16), signature, capability, "st.global.v4")
 
 
 def test_draw():

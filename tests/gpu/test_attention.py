@@ -31,8 +31,9 @@ def expected(qkv, cos, sin, heads, groups, dim):
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("heads,groups,dim", SHAPES)
-def test_one_token_over_what_was_before(heads, groups, dim, bits):
+@pytest.mark.parametrize("splits", [1, 5])
+@pytest.mark.parametrize("heads,groups,dim", [*SHAPES, (3, 3, 256)])
+def test_one_token_over_what_was_before(heads, groups, dim, splits, bits):
     import cupy as cp
 
     from tinygptq.kernels.cuda import decode_attention as da
@@ -46,9 +47,9 @@ def test_one_token_over_what_was_before(heads, groups, dim, bits):
     cache = (cp.zeros((2, groups, capacity, width), dtype), cp.zeros((2, groups, capacity, width), dtype),
              cp.zeros(2 * groups * capacity, np.float16), cp.zeros(2 * groups * capacity, np.float16))  # fmt: skip
     order = rng.permutation(heads * dim).astype(np.int32)
-    kernel = da.decode_attention_kernel(heads, groups, dim, bits)
-    splits, stream = 5, cp.cuda.get_current_stream()
-    sums = cp.full((2 * tiling.tiles, splits, tiling.each, width + 4), np.nan, np.float32)
+    kernel, stream = da.decode_attention_kernel(heads, groups, dim, bits, splits), cp.cuda.get_current_stream()
+    form = (splits, tiling.tiles, 2), 32 * da.warps_of(dim), stream
+    sums = cp.full(2 * heads * splits * da.record_of(dim), np.nan, np.float32)
     arrived = cp.zeros(2 * tiling.tiles, np.int32)
     tables = cp.asarray(cos), cp.asarray(sin)
     for position in range(capacity):  # the second sequence is one token behind
@@ -56,7 +57,7 @@ def test_one_token_over_what_was_before(heads, groups, dim, bits):
         at = cp.asarray(np.array([position, max(position - 1, 0)], np.int32))
         out = cp.full((2, heads * dim), np.nan, np.float16)
         given = (rows, *tables, at, cache, cp.asarray(order), sums, arrived, out)
-        kernel((tiling.tiles, splits, 2), da.THREADS, stream, *given)
+        kernel(*form, *given)
         if position in positions:
             found = out.get()[:, order].astype(np.float64)
             for row in range(2):
@@ -67,12 +68,12 @@ def test_one_token_over_what_was_before(heads, groups, dim, bits):
 
 
 @pytest.mark.parametrize("tokens,start", [(1, 0), (63, 0), (64, 0), (65, 0), (130, 0), (70, 57), (1, 199), (200, 1)])
-@pytest.mark.parametrize("heads,groups,dim", SHAPES)
+@pytest.mark.parametrize("heads,groups,dim", [*SHAPES, (3, 3, 256)])
 def test_a_prompt(heads, groups, dim, tokens, start):
     import cupy as cp
 
     from tinygptq.kernels.cuda import prefill_attention as pa
-    from tinygptq.kernels.cuda import rows
+    from tinygptq.kernels.cuda.cache_codec import FILL_TOKENS, FILL_WARPS, fill_kernel
 
     rng = np.random.default_rng()
     total, width, stream = start + tokens, cache_width(dim), cp.cuda.get_current_stream()
@@ -81,16 +82,16 @@ def test_a_prompt(heads, groups, dim, tokens, start):
     want = expected(qkv, cos, sin, heads, groups, dim)[start:]
     shape = (3, groups, total + 9, width)
     cache = tuple(cp.zeros(shape, np.float16) for _ in range(2)) + tuple(cp.zeros(1, np.float16) for _ in range(2))
-    rotate, tables = rows.rotate_kernel(heads, groups, dim, 16), (cp.asarray(cos), cp.asarray(sin))
-    device = cp.asarray(qkv)
-    if start:
-        rotate((start, groups), 64, stream, device[:start].copy(), *tables, 0, 1, cache)
+    fill, tables, device = fill_kernel(heads, groups, dim, 16), (cp.asarray(cos), cp.asarray(sin)), cp.asarray(qkv)
+    for begin, end in ((0, start), (start, total)):
+        if end > begin:
+            grid = -(-(end - begin) // FILL_TOKENS), groups
+            fill(grid, 32 * FILL_WARPS, stream, device[begin:end].copy(), *tables, begin, 1, cache)
     new = device[start:].copy()
-    rotate((tokens, groups), 64, stream, new, *tables, start, 1, cache)
     order = rng.permutation(heads * dim).astype(np.int32)
     out = cp.full((tokens, heads * dim), np.nan, np.float16)
     kernel = pa.prefill_attention_kernel(heads, groups, dim, width)
-    given = (new, cache[0][1], cache[1][1], start, cp.asarray(order), out)
-    kernel((-(-tokens // pa.QUERIES), heads), pa.THREADS, stream, *given)
+    given = (new, *tables, cache[0][1], cache[1][1], start, cp.asarray(order), out)
+    kernel((heads, -(-tokens // pa.QUERIES)), pa.THREADS, stream, *given)
     found = out.get()[:, order].astype(np.float64)
     assert np.linalg.norm(found - want) / np.linalg.norm(want) < 2e-3

@@ -20,7 +20,6 @@ from tinygptq.cuda.memory import allocate, decode_plan
 from tinygptq.cuda.weights import DeviceDense, DeviceWeights, Product, input_order
 from tinygptq.kernels.cuda import decode_attention, dense, dispatch, epilogues, rows
 from tinygptq.kernels.cuda.draw import draw
-from tinygptq.kernels.cuda.layout import cache_width
 from tinygptq.kernels.cuda.runtime import capability, cupy, multiprocessors
 
 DEPENDENT_LAUNCH = (9, 0)  # first capability on which a kernel may begin before the last one has ended
@@ -46,13 +45,12 @@ class DecodeStep:
         cp, count = cupy(), len(sequences.tokens)
         heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.at = allocate(decode_plan(config, count), cp)  # activations
-        tiling = decode_attention.Heads.of(heads, groups)
-        self.splits = splits_of(tiling.tiles * count, multiprocessors())
-        self.sums = cp.zeros((count * tiling.tiles, self.splits, tiling.each, cache_width(dim) + 4), np.float32)
+        tiling, bits = decode_attention.Heads.of(heads, groups), 16 if cache[0].dtype == np.float16 else 8
+        splits = splits_of(tiling.tiles * count, multiprocessors())
+        self.sums = cp.zeros(count * heads * splits * decode_attention.record_of(dim), np.float32)
         self.arrived = cp.zeros(count * tiling.tiles, np.int32)
-        bits = 16 if cache[0].dtype == np.float16 else 8
-        self.attention = decode_attention.decode_attention_kernel(heads, groups, dim, bits)
-        self.attention_grid = tiling.tiles, self.splits, count
+        self.attention = decode_attention.decode_attention_kernel(heads, groups, dim, bits, splits)
+        self.attention_grid, self.attention_block = (splits, tiling.tiles, count), 32 * decode_attention.warps_of(dim)
         self._graphs: dict[bool, Any] = {}
 
     def launch(self, only: str | None = None) -> None:
@@ -88,10 +86,11 @@ class DecodeStep:
         kernel, weight = rows.embed_kernel(self.config.hidden_size, self.config.rms_norm_eps), weights.blocks[0].input_norm
         at = self.at
         given = (weights.embedding, now.tokens, weight, order, at.h, at.x, at.squares)
-        kernel(len(now.tokens), rows.THREADS, self.stream, *given)
+        # not dependent: what follows may count on the last step's draw, and on the cache, before it waits
+        kernel(len(now.tokens), rows.EMBED_THREADS, self.stream, *given)
 
     def _attend(self, given: tuple) -> None:
-        self.attention(self.attention_grid, decode_attention.THREADS, self.stream, *given, dependent=self.dependent)
+        self.attention(self.attention_grid, self.attention_block, self.stream, *given, dependent=self.dependent)
 
     def _product(self, product: Product, x: Any, epilogue: Any, y: Any, before: tuple, after: tuple) -> Callable[[], None]:
         """What computes ``x @ W`` into an epilogue whose extra arrays are ``before``, the bias, and ``after``."""
@@ -103,7 +102,8 @@ class DecodeStep:
         """Put the draw of each sequence's next token on the stream; its logits are overwritten."""
         now = self.sequences
         draw(len(now.tokens), 1024, self.stream, now.logits, now.settings, now.top_ks, now.minima, now.ends, now.seen,
-             now.uniforms, now.drawn, now.tokens, now.positions, now.history, len(self.cos) - 1)  # fmt: skip
+             now.uniforms, now.drawn, now.tokens, now.positions, now.history, len(self.cos) - 1,
+             dependent=self.dependent)  # fmt: skip
 
     def replay(self, drawing: bool) -> None:
         """Run one step, with or without the draw at its end; the first time records it."""
@@ -142,8 +142,8 @@ def multiply(product: Product, x: Any, epilogue: Any, y: Any, extra: tuple, stre
 
 
 def splits_of(tiles: int, multiprocessors: int) -> int:
-    """Blocks among which a sequence's tokens are divided: about two for each multiprocessor in all."""
-    return min(decode_attention.MOST_SPLITS, max(1, -(-2 * multiprocessors // tiles)))
+    """Blocks among which a sequence's tokens are divided: at most two for each multiprocessor in all, which run at once."""
+    return min(decode_attention.MOST_SPLITS, max(1, 2 * multiprocessors // tiles))
 
 
 def orders_of(weights: DeviceWeights) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ The same interface as the CPU engine, and more: tokens drawn on the GPU ahead of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +17,12 @@ from tinygptq.cuda.decode import DecodeStep, orders_of
 from tinygptq.cuda.memory import allocate, cache_plan, predict, require_room, sequences_plan
 from tinygptq.cuda.model import CudaLlama
 from tinygptq.cuda.prefill import Prefill
-from tinygptq.cuda.weights import upload
+from tinygptq.cuda.weights import shared_with_host, upload
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels.cuda.draw import MOST
 from tinygptq.kernels.cuda.runtime import capability, cupy
+from tinygptq.kvcache import require_tokens
+from tinygptq.model import check_ids
 from tinygptq.sampling import Sampler
 from tinygptq.weights import Weights
 
@@ -61,6 +63,8 @@ class CudaEngine:
         self.weights = upload(config, weights)
         orders = orders_of(self.weights)
         self.sequences = allocate(sequences_plan(config, rows, self.capacity), cp)
+        # the draws write here, so that the host can read a token with no copy between one step and the next
+        self._history, self.sequences.history = shared_with_host((rows, self.capacity + 1), np.int32)
         cache = tuple(vars(allocate(cache_plan(config, rows, self.capacity, cache_bits), cp)).values())
         cos, sin = decode_tables(config, self.capacity)
         self.step = DecodeStep(config, self.weights, orders, self.sequences, cache, cos, sin, self.stream)
@@ -86,8 +90,7 @@ class CudaEngine:
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """Append tokens int [T], T >= 1; return the logits after the last one, float32 [vocab]."""
-        ids = self._checked(ids)
-        self._require(self.length, len(ids))
+        ids = self._checked(ids, self.length)
         self.prompt.run(ids, self.length, 0, self.sequences.logits[:1])
         self.length += len(ids)
         return self._logits()
@@ -98,8 +101,7 @@ class CudaEngine:
         Raises:
             TinyGPTQError: the context is full, or the token is outside the vocabulary.
         """
-        ids = self._checked(np.array([token]))
-        self._require(self.length, 1)
+        ids = self._checked(np.array([token]), self.length)
         self._place(ids, [self.length])
         self.step.replay(drawing=False)
         self.length += 1
@@ -130,9 +132,11 @@ class CudaEngine:
             self.stream.synchronize()
 
     def generate_batch(
-        self, prompts: Sequence[Sequence[int]], samplers: Sequence[Sampler], most: int, eos_token_ids: tuple[int, ...]
-    ) -> list[list[int]]:
-        """New tokens of several sequences decoded together, at most R; each stops on its own, at the end of text.
+        self, prompts: Sequence[Sequence[int]], samplers: Sequence[Sampler], most: int, eos_token_ids: tuple[int, ...],
+        ended: Callable[[int, int], bool] | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """New tokens of several sequences decoded together, at most R; each stops on its own, at the end of text or when
+        ``ended``, told its number and its newest token, says so.
 
         Raises:
             TinyGPTQError: too many prompts, an empty one, or one that fills the context.
@@ -147,7 +151,8 @@ class CudaEngine:
                 token = _sound(int(tokens[row]))
                 if token not in eos_token_ids:
                     found[row].append(token)
-                if token in eos_token_ids or len(found[row]) == rooms[row]:
+                done = token in eos_token_ids or (ended is not None and ended(row, token))
+                if done or len(found[row]) == rooms[row]:
                     running.discard(row)
             if not running:
                 break
@@ -157,8 +162,7 @@ class CudaEngine:
         """The next token of each sequence, int32 [R], ``most`` times; those of rows without a prompt mean nothing."""
         self.length, lengths = 0, []
         for row, prompt in enumerate(prompts):
-            ids = self._checked(np.asarray(prompt))
-            self._require(0, len(ids) + 1)
+            ids = self._checked(np.asarray(prompt), 0, drawn=1)
             self.prompt.run(ids, 0, row, self.sequences.logits[row : row + 1])
             lengths.append(len(ids))
         self._set_sampling(samplers, lengths)
@@ -187,10 +191,7 @@ class CudaEngine:
 
     def _drawn(self, most: int) -> Iterator[np.ndarray]:
         """Each step's tokens, int32 [R]; the draw from the prompts' logits is the first."""
-        cp, rows = cupy(), self.rows
-        ring = np.frombuffer(cp.cuda.alloc_pinned_memory(4 * rows * (AHEAD + 1)), np.int32, rows * (AHEAD + 1))
-        ring = ring.reshape(AHEAD + 1, rows)
-        done = [cp.cuda.Event(disable_timing=True) for _ in range(AHEAD + 1)]
+        done = [cupy().cuda.Event(disable_timing=True) for _ in range(AHEAD + 1)]
         launched = 0
         for number in range(most):
             while launched < min(number + 1 + AHEAD, most):
@@ -198,37 +199,17 @@ class CudaEngine:
                     self.step.launch_draw()
                 else:
                     self.step.replay(drawing=True)
-                slot = launched % (AHEAD + 1)
-                self._fetch(self.sequences.history, launched, ring[slot])
-                done[slot].record(self.stream)
+                done[launched % (AHEAD + 1)].record(self.stream)
                 launched += 1
             done[number % (AHEAD + 1)].synchronize()
-            yield ring[number % (AHEAD + 1)].copy()
+            yield self._history[:, number].copy()
 
-    def _fetch(self, history: Any, column: int, target: np.ndarray) -> None:
-        """Copy one column of int32 [R, steps] to pinned host memory, in order with the stream's work."""
-        runtime = cupy().cuda.runtime
-        runtime.memcpy2DAsync(
-            target.ctypes.data, 4, history.data.ptr + 4 * column, history.strides[0], 4, len(target),
-            runtime.memcpyDeviceToHost, self.stream.ptr,
-        )  # fmt: skip
-
-    # ------------------------------------------------------------------ checks
-
-    def _checked(self, ids: np.ndarray) -> np.ndarray:
+    def _checked(self, ids: np.ndarray, length: int, drawn: int = 0) -> np.ndarray:
+        """Tokens as int32 [T], if they, and so many drawn after them, fit after ``length`` others."""
         ids = np.asarray(ids)
-        if ids.ndim != 1 or len(ids) == 0:
-            raise TinyGPTQError(f"token ids should have the shape [tokens], found {list(ids.shape)}")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            bad = int(ids.min() if ids.min() < 0 else ids.max())
-            raise TinyGPTQError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
+        check_ids(ids[None], self.config.vocab_size)
+        require_tokens(length, len(ids) + drawn, self.capacity)
         return ids.astype(np.int32)
-
-    def _require(self, length: int, tokens: int) -> None:
-        if length + tokens > self.capacity:
-            raise TinyGPTQError(
-                f"context is full: {length} tokens are cached and {tokens} more do not fit in {self.capacity}"
-            )
 
     def _place(self, tokens: np.ndarray, positions: Sequence[int]) -> None:
         rows = self.rows - len(tokens)

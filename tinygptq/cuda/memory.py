@@ -41,7 +41,7 @@ def sequences_plan(config: LlamaConfig, rows: int, capacity: int) -> Plan:
         "tokens": ((rows,), INT), "positions": ((rows,), INT), "drawn": ((rows,), INT), "top_ks": ((rows,), INT),
         "minima": ((rows,), INT), "settings": ((rows, 3), FLOAT), "logits": ((rows, vocab), FLOAT),
         "ends": ((vocab,), flag), "seen": ((rows, vocab), flag),
-        "uniforms": ((rows, steps), np.dtype(np.float64)), "history": ((rows, steps), INT),
+        "uniforms": ((rows, steps), np.dtype(np.float64)),
     }  # fmt: skip
 
 

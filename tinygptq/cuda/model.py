@@ -12,14 +12,12 @@ import numpy as np
 
 from tinygptq import ops
 from tinygptq.config import LlamaConfig
-from tinygptq.cuda.weights import TURN, DeviceDense, DeviceWeights, Product
-from tinygptq.kernels.cuda import dispatch, plain
-from tinygptq.kernels.cuda.cublas import cublas
+from tinygptq.cuda.weights import TURN, DeviceWeights, Product, multiply
 from tinygptq.kernels.cuda.layout import cache_width
 from tinygptq.kernels.cuda.prefill_attention import QUERIES, THREADS, prefill_attention_kernel
 from tinygptq.kernels.cuda.runtime import cupy
 from tinygptq.kvcache import KVCache
-from tinygptq.model import Llama
+from tinygptq.model import Llama, check_ids
 from tinygptq.weights import Weights
 
 
@@ -38,7 +36,7 @@ class CudaLlama(Llama):
         self._attend = prefill_attention_kernel(heads, groups, dim, self._width)
 
     def embed(self, ids: Any) -> Any:
-        self.check_ids(np.asarray(ids))
+        check_ids(np.asarray(ids), self.config.vocab_size)
         return self.weights.embedding[cupy().asarray(ids)].astype(np.float32)
 
     def logits(self, h: Any) -> Any:
@@ -52,12 +50,11 @@ class CudaLlama(Llama):
         heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         qkv = product(x, self.device.blocks[layer].qkv, np.float32)
         qkv = qkv.reshape(batch, tokens, heads + 2 * groups, dim).swapaxes(1, 2)  # (B, H + 2G, T, D)
-        cos, sin = ops.rope_tables(cupy().asarray(ops.rope_frequencies(config, start + tokens)), start, tokens)
-        q, k = ops.apply_rope(qkv[:, :heads], cos, sin), ops.apply_rope(qkv[:, heads : heads + groups], cos, sin)
-        v = qkv[:, heads + groups :]
+        cos, sin = ops.rope_tables(cupy().asarray(ops.rope_frequencies(config, start + tokens)), 0, start + tokens)
+        k, v = ops.apply_rope(qkv[:, heads : heads + groups], cos[start:], sin[start:]), qkv[:, heads + groups :]
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, G, S, D)
-        return self._attention(q, k, v)
+        return self._attention(qkv[:, :heads], k, v, cos, sin)
 
     def mlp_mix(self, layer: int, x: Any) -> Any:
         both = product(x, self.device.blocks[layer].gate_up, np.float32)
@@ -69,29 +66,26 @@ class CudaLlama(Llama):
         block = self.device.blocks[layer]
         return product(x, {"self_attn.o_proj": block.o, "mlp.down_proj": block.down}[name], np.float32)
 
-    def _attention(self, q: Any, k: Any, v: Any) -> Any:
-        """ops.causal_attention without a T x S matrix in memory: q [B, H, T, D], k, v [B, G, S, D] -> [B, T, H * D]."""
+    def _attention(self, q: Any, k: Any, v: Any, cos: Any, sin: Any) -> Any:
+        """ops.apply_rope on q, and ops.causal_attention without a T x S matrix in memory.
+
+        q [B, H, T, D], k, v [B, G, S, D] -> [B, T, H * D].
+        """
         cp, (batch, heads, tokens, dim), seen = cupy(), q.shape, k.shape[2]
         out = cp.empty((batch, tokens, heads * dim), np.float16)
         rows = cp.ascontiguousarray(q.swapaxes(1, 2).reshape(batch, tokens, heads * dim)).astype(np.float16)
         room = ((0, 0), (0, 0), (0, 0), (0, self._width - dim))
         keys, values = (cp.ascontiguousarray(cp.pad(array.astype(np.float16), room)) for array in (k, v))
-        grid, stream = (-(-tokens // QUERIES), heads), cp.cuda.get_current_stream()
+        grid, stream = (heads, -(-tokens // QUERIES)), cp.cuda.get_current_stream()
         for b in range(batch):
-            self._attend(grid, THREADS, stream, rows[b], keys[b], values[b], seen - tokens, self._in_order, out[b])
+            given = rows[b], cos, sin, keys[b], values[b], seen - tokens, self._in_order, out[b]
+            self._attend(grid, THREADS, stream, *given)
         return out.astype(np.float32)
 
 
 def product(x: Any, layer: Product, dtype: Any) -> Any:
     """``x [..., K] @ W + bias``, x float32 in the model's order, rounded to fp16; sums float32, the result of ``dtype``."""
     cp, shape = cupy(), (*x.shape[:-1], layer.out_features)
-    stream = cp.cuda.get_current_stream()
     rows = cp.ascontiguousarray(x.reshape(-1, x.shape[-1])).astype(np.float16)
     out = cp.empty((len(rows), layer.out_features), dtype)
-    if isinstance(layer, DeviceDense):
-        cublas().multiply_transposed(rows, layer.weight, out, stream.ptr)
-        if layer.bias is not None:
-            plain.add_bias(-(-out.size // 256), 256, stream, out, layer.bias)
-    else:
-        dispatch.linear(rows, layer, out, stream)
-    return out.reshape(shape)
+    return multiply(rows, layer, out, cp.cuda.get_current_stream()).reshape(shape)

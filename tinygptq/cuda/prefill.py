@@ -12,10 +12,9 @@ import numpy as np
 from tinygptq import ops
 from tinygptq.config import LlamaConfig
 from tinygptq.cuda.memory import CHUNK, allocate, prefill_plan, qkv_width
-from tinygptq.cuda.weights import DeviceDense, DeviceWeights, Product
-from tinygptq.kernels.cuda import dense, dispatch, plain, rows
-from tinygptq.kernels.cuda.cache_codec import expand_kernel
-from tinygptq.kernels.cuda.cublas import cublas
+from tinygptq.cuda.weights import DeviceWeights, Product, multiply
+from tinygptq.kernels.cuda import dense, rows
+from tinygptq.kernels.cuda.cache_codec import FILL_TOKENS, FILL_WARPS, expand_kernel, fill_kernel
 from tinygptq.kernels.cuda.layout import cache_width
 from tinygptq.kernels.cuda.matvec import store
 from tinygptq.kernels.cuda.prefill_attention import QUERIES, THREADS, prefill_attention_kernel
@@ -38,7 +37,7 @@ class Prefill:
         self.bits = 16 if cache[0].dtype == np.float16 else 8
         self.at = allocate(prefill_plan(config, capacity, self.bits), cp)  # activations
         self.attention = prefill_attention_kernel(heads, groups, dim, cache_width(dim))
-        self.rotate = rows.rotate_kernel(heads, groups, dim, self.bits)
+        self.fill = fill_kernel(heads, groups, dim, self.bits)
 
     def run(self, ids: np.ndarray, start: int, row: int, logits: Any) -> None:
         """Append tokens int [T] at position ``start`` of sequence ``row``; ``logits`` float32 [1, vocab] of the last."""
@@ -65,11 +64,12 @@ class Prefill:
         config, block, order, stream = self.config, self.weights.blocks[layer], self.orders[layer], self.stream
         qkv = self._linear(self.at.x[:tokens], block.qkv, self.at.wide, qkv_width(config))
         cache = tuple(array[layer] for array in self.cache)
-        self.rotate((tokens, config.num_key_value_heads), 64, stream, qkv, cos, sin, start, row, cache)
+        grid = -(-tokens // FILL_TOKENS), config.num_key_value_heads
+        self.fill(grid, 32 * FILL_WARPS, stream, qkv, cos, sin, start, row, cache)
         keys, values = self._keys_values(cache, row, start + tokens)
         mixed = self._rows(self.at.z, tokens, config.num_attention_heads * config.head_dim)
-        grid = -(-tokens // QUERIES), config.num_attention_heads
-        self.attention(grid, THREADS, stream, qkv, keys, values, start, order["o"], mixed)
+        grid = config.num_attention_heads, -(-tokens // QUERIES)
+        self.attention(grid, THREADS, stream, qkv, cos, sin, keys, values, start, order["o"], mixed)
         self._linear(mixed, block.o, self.at.y, config.hidden_size)
         self._norm(tokens, block.post_norm, order["gate_up"], block.gate_up)
         gate_up = self._linear(self.at.x[:tokens], block.gate_up, self.at.wide, 2 * config.intermediate_size)
@@ -101,13 +101,7 @@ class Prefill:
         kernel(tokens, rows.THREADS, self.stream, at.h[:tokens], at.y[:tokens], weight, order, at.x[:tokens])
 
     def _linear(self, x: Any, product: Product, buffer: Any, width: int) -> Any:
-        out = self._rows(buffer, len(x), width)
-        if isinstance(product, DeviceDense):
-            cublas().multiply_transposed(x, product.weight, out, self.stream.ptr)
-            if product.bias is not None:
-                plain.add_bias(-(-out.size // 256), 256, self.stream, out, product.bias)
-            return out
-        return dispatch.linear(x, product, out, self.stream, gathered=True)
+        return multiply(x, product, self._rows(buffer, len(x), width), self.stream, gathered=True)
 
     def _rows(self, buffer: Any, tokens: int, width: int) -> Any:
         """The beginning of a buffer as [tokens, width], C-contiguous."""

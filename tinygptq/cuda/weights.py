@@ -10,12 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from tinygptq.config import LlamaConfig
 from tinygptq.errors import TinyGPTQError
+from tinygptq.kernels.cuda import dispatch, plain
+from tinygptq.kernels.cuda.cublas import cublas
 from tinygptq.kernels.cuda.layout import DeviceLinear, to_device
 from tinygptq.kernels.cuda.runtime import cupy
 from tinygptq.ops import to_numpy
@@ -79,6 +82,19 @@ class DeviceWeights:
         """Bytes of weights that a decoded token reads."""
         products = [p for b in self.blocks for p in (b.qkv, b.o, b.gate_up, b.down)]
         return self.head.nbytes + sum(product.nbytes for product in products)
+
+
+def multiply(x: Any, product: Product, out: Any, stream: Any, *, gathered: bool = False) -> Any:
+    """``out = x @ W + bias`` for any number of rows, x float16 [M, K], out float16 or float32 [M, N]; returns out.
+
+    ``gathered``: x's columns are in the order of the product's rows already.
+    """
+    if not isinstance(product, DeviceDense):
+        return dispatch.linear(x, product, out, stream, gathered=gathered)
+    cublas().multiply_transposed(x, product.weight, out, stream.ptr)
+    if product.bias is not None:
+        plain.add_bias(-(-out.size // 256), 256, stream, out, product.bias)
+    return out
 
 
 def upload(config: LlamaConfig, weights: Weights) -> DeviceWeights:
@@ -190,16 +206,21 @@ def to_half(weight: np.ndarray, what: str) -> Any:
     return half
 
 
+def shared_with_host(shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, Any]:
+    """Page-locked host memory that the GPU reads and writes in place: a NumPy array, and CuPy's over the same bytes."""
+    cp, count, size = cupy(), prod(shape), prod(shape) * np.dtype(dtype).itemsize
+    memory = cp.cuda.alloc_pinned_memory(size)
+    pointer = cp.cuda.MemoryPointer(cp.cuda.UnownedMemory(memory.ptr, size, memory), 0)
+    return np.frombuffer(memory, dtype, count).reshape(shape), cp.ndarray(shape, dtype, pointer)
+
+
 def pinned(weight: np.ndarray) -> Any:
     """A float16 copy in host memory that the GPU reads in place, as a CuPy array over it."""
-    cp = cupy()
-    memory = cp.cuda.alloc_pinned_memory(weight.size * 2)
-    host = np.frombuffer(memory, np.float16, weight.size).reshape(weight.shape)
+    host, device = shared_with_host(weight.shape, np.float16)
     host[:] = weight
     if not np.isfinite(host).all():
         raise TinyGPTQError("the embedding reaches beyond float16's 65504, in which the GPU keeps it; use --device cpu")
-    device = cp.cuda.UnownedMemory(memory.ptr, weight.size * 2, memory)
-    return cp.ndarray(weight.shape, np.float16, cp.cuda.MemoryPointer(device, 0))
+    return device
 
 
 def input_order(product: Product) -> np.ndarray:

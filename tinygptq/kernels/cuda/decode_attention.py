@@ -1,17 +1,15 @@
 """Attention of one new token to all before it, for each sequence of a batch: RoPE, cache write and the mixing of values.
 
 The definition is ops.apply_rope followed by ops.causal_attention, for one query. A *tile* is up to 8 query heads that share
-a key-value head; the tokens of a sequence are divided among *splits*, one block each, so that a long context keeps the
-whole card busy. A block takes its tokens in pieces of 256:
+a key-value head. Its tokens are taken in pieces of 16 (:mod:`.token_piece`), dealt to the warps of all its *splits*, one
+block each, so that a long context keeps the whole card busy. A warp reads its next piece while it computes with the one in
+hand, and its first one before the kernels in front of this one have ended: all older keys and values are there already. The
+newest token's reach the warp that owns it through shared memory, and the cache from there.
 
-1. scores: keys (A, 16 tokens by 16 dimensions) times queries (B, 16 dimensions by 8 heads) on tensor cores;
-2. softmax, one warp a head, with the running maximum and sum of the online softmax (Milakov & Gimelshein 2018);
-3. values: each lane owns 8 dimensions and adds up ``p * v`` over its tokens.
+In the end sums are joined, first those of a block's warps, then those of a tile's splits, always in the same order (Dao et
+al. 2023, Flash-Decoding), by the last block to finish. Scores are kept in base 2.
 
-The block that owns the newest token rotates its key and writes key and value to the cache first. The last block of a tile
-to finish joins the splits, always in the same order (Dao et al. 2023, Flash-Decoding). Scores are kept in base 2.
-
-The cache holds fp16, or 8-bit integers with one fp16 scale for each token and head (``value = scale * integer``).
+The cache holds fp16, or 8-bit integers with one fp16 scale for each token and head (:mod:`.cache_codec`).
 """
 
 import functools
@@ -20,28 +18,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinygptq.kernels.cuda.cache_codec import cache_reader, cache_writer, query_step
+from tinygptq.kernels.cuda.cache_codec import token_encoder, token_storer
+from tinygptq.kernels.cuda.intrinsics import arrive, load_float
 from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.layout import cache_width
-from tinygptq.kernels.cuda.ptx import (
-    float_from_bits,
-    half2_from_floats,
-    half2_to_floats,
-    load_16_bytes,
-)
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.steps import begin_dependents, wait_for_dependencies
 from tinygptq.kernels.cuda.tables import device_function
-from tinygptq.kernels.cuda.warps import warp_max, warp_sum
+from tinygptq.kernels.cuda.token_piece import LOWEST, TOKENS, piece_walker, words_of_eight
+from tinygptq.kernels.cuda.warps import ALL
 
-WARPS = 4
-THREADS = 32 * WARPS
-PIECE = 256  # tokens whose scores are in shared memory at once
-PITCH = PIECE + 4  # floats between heads' scores: the lanes of a warp fall on different banks
 MOST_HEADS = 8  # of a tile: mma's columns
-MOST_SPLITS = 32  # one for each lane of the warp that joins them
-NO_SUM = (np.float32(0),) * 4
-LOWEST = np.float32(-1e30)  # where no token has been seen; its exp2 against any score is 0
+MOST_SPLITS = 32
 LOG2_E = 1 / math.log(2)
 
 
@@ -60,220 +48,210 @@ class Heads:
         return cls(each, shared // each, heads // each)
 
 
+def warps_of(dim: int) -> int:
+    """Warps of a block: as many as the registers allow, since a warp holds 16 keys and 16 values."""
+    return 8 if cache_width(dim) <= 128 else 4
+
+
+def record_of(dim: int) -> int:
+    """Numbers that describe one head's share of the tokens: a mixture of ``cache_width`` values, the maximum and the sum."""
+    return cache_width(dim) + 2
+
+
 @functools.cache
-def decode_attention_kernel(heads: int, groups: int, dim: int, cache_bits: int) -> Kernel:
+def decode_attention_kernel(heads: int, groups: int, dim: int, cache_bits: int, splits: int) -> Kernel:
     """The kernel ``(qkv, cos, sin, positions, cache, order, sums, arrived, out)``.
 
     Args:
         heads, groups, dim: query heads, key-value heads, and dimensions of a head, a multiple of 4 up to 256.
         cache_bits: 16 or 8.
+        splits: blocks that share a tile's tokens, up to 32.
 
-    Shapes (W: ``layout.cache_width(dim)``): qkv float32 [R, (heads + 2 groups) * dim]; cos, sin float32 [capacity, dim / 2];
-    positions int32 [R], of the newest token; cache: keys, values float16 or int8 [R, groups, capacity, W], and their
-    scales float16 [R * groups * capacity] (unused with 16 bits); order int32 [heads * dim], where each element of out goes;
-    sums float32 [R * tiles, splits, each, W + 4] and arrived int32 [R * tiles], 0 between calls; out float16 [R, heads *
-    dim].
-    Grid (tiles, splits, R), block 128.
+    Shapes: qkv float32 [R, (heads + 2 groups) * dim]; cos, sin float32 [capacity, dim / 2]; positions int32 [R], of the
+    newest token; cache: as in :mod:`.cache_codec`; order int32 [heads * dim], where each element of out goes; sums float32
+    [R * heads * splits * record_of(dim)] and arrived int32 [R * tiles], 0 between calls; out float16 [R, heads * dim].
+    Grid (splits, tiles, R), block 32 * warps_of(dim).
     """
-    tiling, width = Heads.of(heads, groups), cache_width(dim)
-    each, per_group, half = tiling.each, tiling.per_group, dim // 2
-    lanes, at_once = width // 8, 256 // width  # lanes of one token, tokens a warp reads at once
-    scale = np.float32(LOG2_E / math.sqrt(dim))
-    partial_size = WARPS * at_once * each * width
-    query_words, score_size, running_size = MOST_HEADS * width // 2, each * PITCH, 3 * each
-    share_size = each * MOST_SPLITS
-    load_values, scale_of = cache_reader(cache_bits)
-    write_cache = cache_writer(cache_bits, dim)
-    multiply_step, step = query_step(cache_bits)
-
-    @device_function
-    def rotate_queries(query, qkv, cos, sin, row, tile, position):
-        """The tile's queries, rotated and scaled, as fp16 pairs: word d/2 of head h holds dimensions d and d + 1."""
-        if width != dim:  # what pads a query meets the cache's zeros, and must be a number; other columns never meet
-            for i in range(cuda.threadIdx.x, query_words, THREADS):
-                query[i] = np.uint32(0)
-            cuda.syncthreads()
-        for i in range(cuda.threadIdx.x, each * (half // 2), THREADS):
-            head, d = i // (half // 2), i % (half // 2) * 2
-            first = (tile * each + head) * dim + d
-            c, s = cos[position, d] * scale, sin[position, d] * scale
-            c1, s1 = cos[position, d + 1] * scale, sin[position, d + 1] * scale
-            a, a1, b, b1 = qkv[row, first], qkv[row, first + 1], qkv[row, first + half], qkv[row, first + half + 1]
-            query[head * (width // 2) + d // 2] = half2_from_floats(a * c - b * s, a1 * c1 - b1 * s1)
-            query[head * (width // 2) + (d + half) // 2] = half2_from_floats(b * c + a * s, b1 * c1 + a1 * s1)
-
-    @device_function
-    def score_piece(scores, query, keys, key_scales, base, scale_base, first, end):
-        """scores[head, token - first] of tokens first .. end - 1, 16 at a time for each warp."""
-        lane = cuda.threadIdx.x & 31
-        g, t = lane >> 2, lane & 3
-        for start in range(first + 16 * (cuda.threadIdx.x >> 5), end, 16 * WARPS):
-            low, high = min(start + g, end - 1), min(start + g + 8, end - 1)
-            total = NO_SUM
-            for d in range(0, width, step):
-                low_at, high_at = base + low * width + d, base + high * width + d
-                total = multiply_step(keys, low_at, high_at, query, g * (width // 2), d, t, total)
-            low_scale, high_scale = scale_of(key_scales, scale_base + low), scale_of(key_scales, scale_base + high)
-            at = start - first + g
-            if 2 * t < each:
-                scores[2 * t * PITCH + at] = total[0] * low_scale
-                scores[2 * t * PITCH + at + 8] = total[2] * high_scale
-            if 2 * t + 1 < each:
-                scores[(2 * t + 1) * PITCH + at] = total[1] * low_scale
-                scores[(2 * t + 1) * PITCH + at + 8] = total[3] * high_scale
-
-    @device_function
-    def soften(scores, running, count, value_scales, scale_base):
-        """Scores to exp2(score - maximum), times the value's scale; running[head] is (maximum, sum, factor for the past)."""
-        lane = cuda.threadIdx.x & 31
-        for head in range(cuda.threadIdx.x >> 5, each, WARPS):
-            largest = LOWEST
-            for i in range(lane, count, 32):
-                largest = max(largest, scores[head * PITCH + i])
-            before = running[3 * head]
-            largest = max(warp_max(largest), before)
-            total = np.float32(0)
-            for i in range(lane, count, 32):
-                p = cuda.libdevice.exp2f(scores[head * PITCH + i] - largest)
-                total += p
-                scores[head * PITCH + i] = p * scale_of(value_scales, scale_base + i)
-            total = warp_sum(total)
-            if lane == 0:
-                factor = cuda.libdevice.exp2f(before - largest)
-                running[3 * head] = largest
-                running[3 * head + 1] = running[3 * head + 1] * factor + total
-                running[3 * head + 2] = factor
-
-    @device_function
-    def weigh(mixed, scores, at, v):
-        for head in range(each):
-            p = scores[head * PITCH + at]
-            for i in range(4):
-                pair = half2_to_floats(v[i])
-                mixed[head, 2 * i] += p * pair[0]
-                mixed[head, 2 * i + 1] += p * pair[1]
-
-    @device_function
-    def mix_values(mixed, scores, running, values, base, first, end):
-        """Add p * v of the piece's tokens to this lane's 8 dimensions, four tokens in flight."""
-        lane = cuda.threadIdx.x & 31
-        part, mine = 8 * (lane % lanes), (cuda.threadIdx.x >> 5) * at_once + lane // lanes
-        stride = WARPS * at_once
-        for head in range(each):
-            factor = running[3 * head + 2]
-            for i in range(8):
-                mixed[head, i] *= factor
-        token = first + mine
-        while token + 3 * stride < end:
-            v0 = load_values(values, base + token * width + part)
-            v1 = load_values(values, base + (token + stride) * width + part)
-            v2 = load_values(values, base + (token + 2 * stride) * width + part)
-            v3 = load_values(values, base + (token + 3 * stride) * width + part)
-            weigh(mixed, scores, token - first, v0)
-            weigh(mixed, scores, token + stride - first, v1)
-            weigh(mixed, scores, token + 2 * stride - first, v2)
-            weigh(mixed, scores, token + 3 * stride - first, v3)
-            token += 4 * stride
-        while token < end:
-            weigh(mixed, scores, token - first, load_values(values, base + token * width + part))
-            token += stride
-
-    @device_function
-    def leave(mixed, running, partial, sums, place):
-        """This split's sums to global memory: a head's W values, its maximum and its sum."""
-        lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
-        mine, part = warp * at_once + lane // lanes, 8 * (lane % lanes)
-        for head in range(each):
-            for i in range(8):
-                partial[(mine * each + head) * width + part + i] = mixed[head, i]
-        cuda.syncthreads()
-        for i in range(cuda.threadIdx.x, each * width, THREADS):
-            total = np.float32(0)
-            for j in range(WARPS * at_once):
-                total += partial[j * each * width + i]
-            sums[place, cuda.blockIdx.y, i // width, i % width] = total
-        if cuda.threadIdx.x < each:
-            sums[place, cuda.blockIdx.y, cuda.threadIdx.x, width] = running[3 * cuda.threadIdx.x]
-            sums[place, cuda.blockIdx.y, cuda.threadIdx.x, width + 1] = running[3 * cuda.threadIdx.x + 1]
-
-    @device_function
-    def join(sums, place, order, out, row, tile, shares, partial):
-        """All splits of the tile together: their shares, one warp a head; their sums, every fourth split a warp's."""
-        lane, warp, splits, pitch = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.gridDim.y, width + 4
-        for head in range(warp, each, WARPS):
-            largest, total = LOWEST, np.float32(0)
-            if lane < splits:
-                facts = load_16_bytes(sums, ((place * splits + lane) * each + head) * pitch + width)
-                largest, total = float_from_bits(facts[0]), float_from_bits(facts[1])
-            share = cuda.libdevice.exp2f(largest - warp_max(largest))
-            whole = warp_sum(share * total)
-            shares[head * MOST_SPLITS + lane] = share / whole
-        cuda.syncthreads()
-        for i in range(lane, each * (dim // 4), 32):
-            head, d = i // (dim // 4), i % (dim // 4) * 4
-            a, b, c, e = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for split in range(warp, splits, WARPS):
-                v = load_16_bytes(sums, ((place * splits + split) * each + head) * pitch + d)
-                share = shares[head * MOST_SPLITS + split]
-                a += share * float_from_bits(v[0])
-                b += share * float_from_bits(v[1])
-                c += share * float_from_bits(v[2])
-                e += share * float_from_bits(v[3])
-            at = (warp * each + head) * dim + d
-            partial[at], partial[at + 1], partial[at + 2], partial[at + 3] = a, b, c, e
-        cuda.syncthreads()
-        for i in range(cuda.threadIdx.x, each * dim, THREADS):
-            total = partial[i] + partial[each * dim + i] + partial[2 * each * dim + i] + partial[3 * each * dim + i]
-            out[row, order[tile * each * dim + i]] = total
+    tiling, width, warps = Heads.of(heads, groups), cache_width(dim), warps_of(dim)
+    each, per_group, record = tiling.each, tiling.per_group, record_of(dim)
+    key_shape, value_shape = (2, width // 32, words_of_eight(cache_bits)), (4, width // 64, words_of_eight(cache_bits))
+    mixed_shape, pitch = (width // 16, 4), query_pitch(dim)
+    newest_type, newest_size, query_size = np.float16 if cache_bits == 16 else np.int8, 2 * width, each * pitch
+    partial_size, threads = warps * each * record, 32 * warps
+    begin, attend = piece_walker(cache_bits, width, warps * splits)
+    make_newest, rotate = _newest_maker(heads, groups, dim, cache_bits), _query_rotator(each, dim, threads)
+    leave, finish = _leaver(each, dim), _finisher(each, dim, warps, splits)
 
     def decode_attention(qkv, cos, sin, positions, cache, order, sums, arrived, out):
-        keys, values, key_scales, value_scales = cache
-        query = cuda.shared.array(query_words, np.uint32, alignment=16)
-        scores = cuda.shared.array(score_size, np.float32)
-        running = cuda.shared.array(running_size, np.float32)
-        partial = cuda.shared.array(partial_size, np.float32)
-        shares = cuda.shared.array(share_size, np.float32)
-        last = cuda.shared.array(1, np.int32)
-        mixed = cuda.local.array((each, 8), np.float32)
-        tile, row = cuda.blockIdx.x, cuda.blockIdx.z
-        group = tile // per_group
+        query = cuda.shared.array(query_size, np.float16, alignment=16)
+        newest = cuda.shared.array(newest_size, newest_type, alignment=16)
+        newest_scales, partial = cuda.shared.array(2, np.float32), cuda.shared.array(partial_size, np.float32)
+        k, v = cuda.local.array(key_shape, np.uint32), cuda.local.array(value_shape, np.uint32)
+        s, mixed = cuda.local.array(8, np.float32), cuda.local.array(mixed_shape, np.float32)
+        split, tile, row, warp = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z, cuda.threadIdx.x >> 5
         begin_dependents()
+        position = positions[row]  # the draw wrote it, which had ended before this step began
+        base = np.int64(row * groups + tile // per_group) * cache[0].shape[2]
+        before, pieces, piece = max(position - 1, 0), position // TOKENS + 1, warp * splits + split
+        begin(k, v, s, cache, base, piece, pieces, before)
         wait_for_dependencies()
-        position = positions[row]
-        share = (position + cuda.gridDim.y) // cuda.gridDim.y  # tokens of a split: position + 1 of them, rounded up
-        share = (share + 15) // 16 * 16
-        begin, end = share * cuda.blockIdx.y, min(share * (cuda.blockIdx.y + 1), position + 1)
-        base = np.int64(row * groups + group) * keys.shape[2] * width
-        scale_base = (row * groups + group) * keys.shape[2]
-        if begin <= position < end:
-            write_cache(qkv, row, cos, sin, cache, row, group, heads, groups, position)
-        rotate_queries(query, qkv, cos, sin, row, tile, position)
-        for head in range(each):
-            for i in range(8):
-                mixed[head, i] = np.float32(0)
-        if cuda.threadIdx.x < each:
-            running[3 * cuda.threadIdx.x] = LOWEST
-            running[3 * cuda.threadIdx.x + 1] = np.float32(0)
-        cuda.syncthreads()  # the queries, and the newest token in the cache
-        for first in range(begin, end, PIECE):
-            upto = min(first + PIECE, end)
-            score_piece(scores, query, keys, key_scales, base, scale_base, first, upto)
-            cuda.syncthreads()
-            soften(scores, running, upto - first, value_scales, scale_base + first)
-            cuda.syncthreads()
-            mix_values(mixed, scores, running, values, base, first, upto)
-            cuda.syncthreads()
-        place = row * cuda.gridDim.x + tile
-        leave(mixed, running, partial, sums, place)
-        cuda.threadfence()
+        if (pieces - 1) % splits == split:
+            make_newest(qkv, row, cos, sin, position, tile // per_group, newest, newest_scales, cache, base + position)
+        rotate(query, qkv, row, cos, sin, position, tile)
+        for n in range(mixed_shape[0]):
+            for e in range(4):
+                mixed[n, e] = np.float32(0)
+        cuda.syncthreads()  # the queries and the newest token are there
+        # beyond the tile's heads its last one again, whose results nobody stores
+        mine = min((cuda.threadIdx.x & 31) >> 2, each - 1) * pitch
+        found = attend(k, v, s, mixed, query, mine, newest, newest_scales, cache, base, piece, pieces, before, position)
+        leave(partial, warp * each * record, mixed, found[0], found[1])
+        cuda.syncthreads()
+        finish(partial, sums, arrived, order, out, row, tile, split)
+
+    return Kernel(decode_attention, (threads, 2) if width <= 128 else threads)
+
+
+def query_pitch(dim: int) -> int:
+    """fp16 numbers between queries in shared memory: the lanes of two heads that are read together fall on other banks."""
+    return cache_width(dim) + 32
+
+
+def _query_rotator(each, dim, threads):
+    """Device function: the tile's queries, rotated and scaled, to shared memory, padded with zeros to the cache's width."""
+    half, width, pitch, scale = dim // 2, cache_width(dim), query_pitch(dim), np.float32(LOG2_E / math.sqrt(dim))
+
+    @device_function
+    def rotate(query, qkv, row, cos, sin, position, tile):
+        for i in range(threads - 1 - cuda.threadIdx.x, each * half, threads):  # the first warps may have the newest token
+            head, d = i // half, i % half
+            c, s, first = cos[position, d] * scale, sin[position, d] * scale, (tile * each + head) * dim + d
+            a, b = qkv[row, first], qkv[row, first + half]
+            query[head * pitch + d], query[head * pitch + d + half] = a * c - b * s, b * c + a * s
+        if width != dim:
+            for i in range(cuda.threadIdx.x, each * (width - dim), threads):
+                query[i // (width - dim) * pitch + dim + i % (width - dim)] = 0
+
+    return rotate
+
+
+def _newest_maker(heads, groups, dim, bits):
+    """Device function: the newest token's key (warp 0) and value (warp 1) to shared memory and to the cache."""
+    encode, store, width = token_encoder(bits, dim), token_storer(bits, cache_width(dim)), cache_width(dim)
+
+    @device_function
+    def make_newest(qkv, row, cos, sin, position, group, newest, newest_scales, cache, token):
+        lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+        if warp < 2:
+            first = (heads + group + warp * groups) * dim
+            scale = encode(qkv, row, first, cos, sin, position, warp == 0, newest, warp * width)
+            if lane == 0:
+                newest_scales[warp] = scale
+            cuda.syncwarp()
+            if warp == 0:
+                store(newest, 0, lane, cache[0], token)
+            else:
+                store(newest, width, lane, cache[1], token)
+            if bits == 8 and lane == 0:
+                if warp == 0:
+                    cache[2][token] = scale
+                else:
+                    cache[3][token] = scale
+
+    return make_newest
+
+
+def _leaver(each, dim):
+    """Device function: a warp's sums to shared memory, one record a head."""
+    width, record = cache_width(dim), record_of(dim)
+
+    @device_function
+    def leave(partial, at, mixed, largest, total):
+        g, t = (cuda.threadIdx.x & 31) >> 2, cuda.threadIdx.x & 3
+        for n in range(width // 16):
+            d = 64 * (n // 4) + 8 * g + 2 * (n % 4)
+            for h in range(2):
+                if 2 * t + h < each:
+                    partial[at + (2 * t + h) * record + d] = mixed[n, h]
+                    partial[at + (2 * t + h) * record + d + 1] = mixed[n, 2 + h]
+        total += cuda.shfl_xor_sync(ALL, total, 1)
+        total += cuda.shfl_xor_sync(ALL, total, 2)
+        if t == 0 and g < each:
+            partial[at + g * record + width] = largest
+            partial[at + g * record + width + 1] = total
+
+    return leave
+
+
+def _joiner(count, record, width, read):
+    """Device function ``(array, at, step, head, d)`` -> (mixture at dimension d, maximum, sum) of one head over ``count``
+    parts, which lie ``step`` apart. ``read``: device function ``(array, index)`` -> a number."""
+    shape = count, 3
+
+    @device_function
+    def join(array, at, step, head, d):
+        found, at = cuda.local.array(shape, np.float32), at + head * record
+        for part in range(count):
+            found[part, 0], found[part, 1] = read(array, at + d + step * part), read(array, at + width + step * part)
+            found[part, 2] = read(array, at + width + 1 + step * part)
+        largest, value, total = LOWEST, np.float32(0), np.float32(0)
+        for part in range(count):
+            largest = max(largest, found[part, 1])
+        for part in range(count):
+            share = cuda.libdevice.exp2f(found[part, 1] - largest)
+            value += share * found[part, 0]
+            total += share * found[part, 2]
+        return value, largest, total
+
+    return join
+
+
+@device_function
+def _read_shared(array, index):
+    return array[index]
+
+
+def _finisher(each, dim, warps, splits):
+    """Device function: the records of a block's warps, in shared memory, then those of a tile's splits, to the result."""
+    width, record, threads = cache_width(dim), record_of(dim), 32 * warps
+    size = each * record
+    join_warps = _joiner(warps, record, width, _read_shared)
+    join_splits = _joiner(splits, record, width, load_float)
+
+    @device_function
+    def put_records(partial, sums, at):
+        """The block's joint records; the thread of a head's dimension 0 leaves maximum and sum too."""
+        for i in range(cuda.threadIdx.x, each * dim, threads):
+            head, d = i // dim, i % dim
+            value, largest, total = join_warps(partial, 0, size, head, d)
+            sums[at + head * record + d] = value
+            if d == 0:
+                sums[at + head * record + width], sums[at + head * record + width + 1] = largest, total
+
+    @device_function
+    def finish_last(partial, sums, arrived, order, out, row, tile, split):
+        """The last block of a tile to come here joins what all have left."""
+        last, place = cuda.shared.array(1, np.int32), row * cuda.gridDim.y + tile
+        put_records(partial, sums, (place * splits + split) * size)
         cuda.syncthreads()
         if cuda.threadIdx.x == 0:
-            last[0] = cuda.atomic.add(arrived, place, 1)
+            last[0] = arrive(arrived, place)
         cuda.syncthreads()
-        if last[0] == cuda.gridDim.y - 1:
-            cuda.threadfence()
-            join(sums, place, order, out, row, tile, shares, partial)
+        if last[0] == splits - 1:
+            for i in range(cuda.threadIdx.x, each * dim, threads):
+                to = order[tile * each * dim + i]
+                value, _, total = join_splits(sums, place * splits * size, size, i // dim, i % dim)
+                out[row, to] = value / total
             if cuda.threadIdx.x == 0:
                 arrived[place] = 0
 
-    return Kernel(decode_attention, THREADS)
+    @device_function
+    def finish(partial, sums, arrived, order, out, row, tile, split):
+        if splits > 1:
+            finish_last(partial, sums, arrived, order, out, row, tile, split)
+        else:
+            for i in range(cuda.threadIdx.x, each * dim, threads):
+                value, _, total = join_warps(partial, 0, size, i // dim, i % dim)
+                out[row, order[tile * each * dim + i]] = value / total
+
+    return finish

@@ -1,30 +1,82 @@
 """More PTX instructions: those that attention needs. The conventions are those of :mod:`.ptx`."""
 
-from tinygptq.kernels.cuda.ptx import GLOBAL, I32, SHARED, U32X2, U32X4, _address, _assembly, intrinsic, types
+from tinygptq.kernels.cuda.ptx import F32, GLOBAL, I32, SHARED, U32X2, U32X4, _address, _assembly, intrinsic, types
+
+
+def _load_two(instruction: str, space: int):
+    """The function ``(array, index)`` -> two uint32, 8 bytes at once, by an instruction that stays in its place."""
+
+    @intrinsic
+    def load(typingctx, array, index):
+        def generate(context, builder, signature, args):
+            address = _address(context, builder, signature.args[0], *args, space)
+            text, register = f"{instruction} {{$0, $1}}, [$2];", "l" if space == GLOBAL else "r"
+            return _assembly(builder, [I32] * 2, text, f"=r,=r,{register}", [address], True)
+
+        return U32X2(array, types.int64), generate
+
+    return load
+
+
+load_8_bytes = _load_two("ld.global.cg.v2.u32", GLOBAL)
+"""8 bytes of global memory that another kernel or block wrote, past L1: ld.global.cg.v2; from sm_50."""
+
+load_shared_8_bytes = _load_two("ld.shared.v2.u32", SHARED)
+"""8 bytes of shared memory: ld.shared.v2; from sm_50."""
 
 
 @intrinsic
-def load_8_bytes(typingctx, array, index):
-    """8 bytes of global memory that another kernel or block wrote, past L1: two uint32. ld.global.cg; from sm_50."""
+def load_float(typingctx, array, index):
+    """A float32 of global memory that another block of this kernel wrote, past L1: ld.global.cg; from sm_50."""
 
     def generate(context, builder, signature, args):
         address = _address(context, builder, signature.args[0], *args, GLOBAL)
-        return _assembly(builder, [I32] * 2, "ld.global.cg.v2.u32 {$0, $1}, [$2];", "=r,=r,l", [address], True)
+        return _assembly(builder, F32, "ld.global.cg.f32 $0, [$1];", "=f,l", [address], True)
 
-    return U32X2(array, types.int64), generate
+    return types.float32(array, types.int64), generate
 
 
 @intrinsic
-def load_transposed(typingctx, array, index):
-    """Four 8 x 8 tiles of fp16 in shared memory, each transposed: ldmatrix.x4.trans; from sm_75.
+def arrive(typingctx, array, index):
+    """Add 1 to an int32 of global memory; returns what it was: atom.acq_rel.gpu.add; from sm_70.
 
-    Lane 8i + r gives the place of row r of tile i, 16 bytes. Of each tile a lane gets one half2: column ``lane // 4`` of
-    rows ``2 (lane % 4)`` and the next, which is mma's B when rows are k and columns are B's columns.
+    What a block wrote before a barrier that this thread passed, those see that arrive later, after a barrier of their own.
     """
 
     def generate(context, builder, signature, args):
-        address = _address(context, builder, signature.args[0], *args, SHARED)
-        text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
-        return _assembly(builder, [I32] * 4, text, "=r,=r,=r,=r,r", [address], True)
+        address = _address(context, builder, signature.args[0], *args, GLOBAL)
+        text = "atom.acq_rel.gpu.global.add.s32 $0, [$1], 1;"
+        return _assembly(builder, I32, text, "=r,l", [address], True)
 
-    return U32X4(array, types.int64), generate
+    return types.int32(array, types.int64), generate
+
+
+def _load_tiles(variant: str):
+    """The function ``(array, index)`` -> four uint32: ldmatrix.x4, with or without ``.trans``."""
+
+    @intrinsic
+    def load(typingctx, array, index):
+        def generate(context, builder, signature, args):
+            address = _address(context, builder, signature.args[0], *args, SHARED)
+            text = f"ldmatrix.sync.aligned.m8n8.x4{variant}.shared.b16 {{$0, $1, $2, $3}}, [$4];"
+            return _assembly(builder, [I32] * 4, text, "=r,=r,=r,=r,r", [address], True)
+
+        return U32X4(array, types.int64), generate
+
+    return load
+
+
+load_tiles = _load_tiles("")
+"""Four 8 x 8 tiles of fp16 in shared memory: ldmatrix.x4; from sm_75.
+
+Lane 8i + r gives the place of row r of tile i, 16 bytes. Of each tile a lane gets one half2: row ``lane // 4``, columns ``2
+(lane % 4)`` and the next. So four tiles are mma's A (both halves of its rows, then the same of the next 8 k), and two are
+its B when rows are B's columns and columns are k.
+"""
+
+load_transposed = _load_tiles(".trans")
+"""The same, each tile transposed: ldmatrix.x4.trans; from sm_75.
+
+A lane gets column ``lane // 4`` of rows ``2 (lane % 4)`` and the next, which is mma's B when rows are k and columns are B's
+columns.
+"""

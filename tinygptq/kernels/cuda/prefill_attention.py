@@ -1,13 +1,13 @@
 """Attention of many new tokens to themselves and to all before them, in tiles: no T x S matrix is ever in memory.
 
-The definition is ops.causal_attention. A block takes one head and 64 queries, 16 for each of its four warps, and goes over
-the keys 64 at a time with an online softmax (Dao et al. 2022, FlashAttention). Both products run on tensor cores, sums in
-float32:
+The definition is ops.apply_rope on the queries, then ops.causal_attention. A block takes one head and 64 queries, 16 for
+each of its four warps, and goes over the keys a tile at a time with an online softmax (Dao et al. 2022, FlashAttention).
+Both products run on tensor cores, sums in float32:
 
-    scores  = queries (A, in registers)  times keys (B, from shared memory: 8 neighbouring dimensions a lane)
-    mixture = exp2(scores - maximum) (A: mma's sums have the places its A wants)  times values (B, through ldmatrix.trans)
+    scores  = queries (A, in registers)  times keys (B, from shared memory)
+    mixture = exp2(scores - maximum) (A: mma's sums have the places its A wants)  times values (B, transposed on the way)
 
-While one of the two tiles in shared memory is used, the other is copied. Scores are kept in base 2.
+While one tile's keys and values are used, the next one's are copied to shared memory. Scores are kept in base 2.
 """
 
 import functools
@@ -15,14 +15,15 @@ import math
 
 import numpy as np
 
-from tinygptq.kernels.cuda.intrinsics import load_transposed
+from tinygptq.kernels.cuda.intrinsics import load_tiles, load_transposed
 from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.ptx import (
     copy_async_commit,
     copy_async_or_zero,
     copy_async_wait,
     half2_from_floats,
-    load_shared,
+    half2_to_floats,
+    load_words,
     mma,
 )
 from tinygptq.kernels.cuda.runtime import cuda
@@ -32,107 +33,211 @@ from tinygptq.kernels.cuda.warps import ALL
 WARPS = 4
 THREADS = 32 * WARPS
 QUERIES = 16 * WARPS  # of a block
-KEYS = 64  # of a tile
 LOG2_E = 1 / math.log(2)
-LOWEST = np.float32(-1e30)
+LOWEST, ZERO = np.float32(-1e30), np.float32(0)
+load_pair = load_words(1)
+
+
+def keys_of(width: int) -> int:
+    """Keys of a tile: two tiles of keys and of values fill 35 to 70 % of the 48 KB that every card gives a block."""
+    return 32 if width <= 128 else 16
+
+
+def pitch_of(width: int) -> int:
+    """Words between rows in shared memory: eight rows of 16 bytes fall on different banks."""
+    return width // 2 + 4
 
 
 @functools.cache
 def prefill_attention_kernel(heads: int, groups: int, dim: int, width: int) -> Kernel:
-    """The kernel ``(qkv, keys, values, start, order, out)``.
+    """The kernel ``(qkv, cos, sin, keys, values, start, order, out)``.
 
     Args: heads, groups, dim: as in :mod:`.decode_attention`; width: dimensions of a head in the cache.
 
-    Shapes: qkv float16 [T, (heads + 2 groups) * dim], queries rotated; keys, values float16 [groups, capacity, width], the
-    new tokens' included, rotated; start: position of the first of the T tokens; order int32 [heads * dim]: where each
-    element of out goes; out float16 [T, heads * dim]. Grid (ceil(T / 64), heads), block 128.
+    Shapes: qkv float16 [T, at least heads * dim], queries as they come from the product; cos, sin float32 [at least start +
+    T, dim / 2]; keys, values float16 [groups, capacity, width], the new tokens' included, keys rotated; start: position of
+    the first of the T tokens; order int32 [heads * dim]: where each element of out goes; out float16 [T, heads * dim].
+    Grid (heads, ceil(T / 64)), block 128.
     """
-    key_pitch, value_pitch = width + 32, width + 8  # fp16 numbers between rows in shared memory: other banks for each lane
-    key_words, value_words = KEYS * key_pitch // 2, KEYS * value_pitch // 2
-    steps, columns = width // 32, width // 8  # of 32 dimensions of scores; of 8 dimensions of the mixture
-    copies = KEYS * width // 8 // THREADS  # of 16 bytes by each thread
-    scale, key_tiles = np.float32(LOG2_E / math.sqrt(dim)), KEYS // 8
-    query_words = QUERIES * key_pitch // 2
-    shared_words = max(key_words, query_words) + value_words
-    values_at = max(key_words, query_words)
+    size, tile_keys, per_group = 2 * keys_of(width) * pitch_of(width), keys_of(width), heads // groups  # words of a tile
+    shared_words, steps, columns = max(2 * size, QUERIES * pitch_of(width)), width // 16, width // 8
+    query_shape, score_shape, mixed_shape = (steps, 4), (tile_keys // 8, 4), (columns, 4)
+    copy_tile, rotate, load_queries = _tile_copier(width), _query_rotator(dim, width), _query_loader(width)
+    multiply_keys, multiply_values = _keys_product(width), _values_product(width)
+    mask, soften, store = _mask(tile_keys), _softener(tile_keys, columns), _storer(dim, columns)
+
+    def prefill_attention(qkv, cos, sin, keys, values, start, order, out):
+        shared = cuda.shared.array(shared_words, np.uint32, alignment=16)
+        queries, scores = cuda.local.array(query_shape, np.uint32), cuda.local.array(score_shape, np.float32)
+        mixed, state = cuda.local.array(mixed_shape, np.float32), cuda.local.array(4, np.float32)
+        head, first = cuda.blockIdx.x, (cuda.gridDim.y - 1 - cuda.blockIdx.y) * QUERIES  # the longest rows begin first
+        base = np.int64(head // per_group) * keys.shape[1] * width
+        end = start + min(first + QUERIES, qkv.shape[0])  # tokens that this block's last query sees
+        row = first + 16 * (cuda.threadIdx.x >> 5)  # of the warp's first query
+        rotate(shared, qkv, cos, sin, start, head, first)
+        load_queries(queries, shared)
+        copy_tile(shared, 0, keys, values, base, 0, end)
+        for n in range(columns):
+            for e in range(4):
+                mixed[n, e] = ZERO
+        state[0], state[1], state[2], state[3] = LOWEST, ZERO, LOWEST, ZERO
+        now = 0  # where the tile in hand is
+        for key in range(0, end, tile_keys):
+            copy_async_wait(0)
+            cuda.syncthreads()  # the tile is there, and nobody needs the one before it
+            copy_tile(shared, size - now, keys, values, base, key + tile_keys, end)
+            multiply_keys(scores, queries, shared, now)
+            if key + tile_keys > start + row + 1:
+                mask(scores, key, start + row)
+            soften(scores, mixed, state)
+            multiply_values(mixed, scores, shared, now + size // 2)
+            now = size - now
+        copy_async_wait(0)
+        store(mixed, state, order, out, head, row)
+
+    return Kernel(prefill_attention, (THREADS, 3) if width <= 128 else THREADS)
+
+
+def _tile_copier(width):
+    """Device function: start copying a tile's keys, then its values, to shared memory; rows from ``end`` on become 0."""
+    columns, pitch, keys_in_tile = width // 8, pitch_of(width), keys_of(width)
+    rows_at_once, values_at = THREADS // columns, keys_in_tile * pitch
 
     @device_function
-    def copy_tile(shared, at, pitch, source, base, first, end):
-        """Start copying 64 rows of keys or values; rows from ``end`` on become 0."""
-        for i in range(copies):
-            piece = i * THREADS + cuda.threadIdx.x
-            row, part = piece // columns, piece % columns
-            token = first + row
-            there, here = base + min(token, end - 1) * width + 8 * part, at + row * (pitch // 2) + 4 * part
-            copy_async_or_zero(shared, here, source, there, token < end)
+    def copy_tile(shared, at, keys, values, base, first, end):
+        row, part = cuda.threadIdx.x // columns, cuda.threadIdx.x % columns
+        there, here = base + (first + row) * width + 8 * part, at + row * pitch + 4 * part
+        for i in range(0, keys_in_tile, rows_at_once):
+            wanted = first + row + i < end
+            copy_async_or_zero(shared, here + i * pitch, keys, there + i * width, wanted)
+            copy_async_or_zero(shared, here + i * pitch + values_at, values, there + i * width, wanted)
         copy_async_commit()
 
+    return copy_tile
+
+
+def _query_rotator(dim, width):
+    """Device function: a block's queries, rotated and scaled, to shared memory, padded with zeros to the cache's width."""
+    half, pitch, scale = dim // 2, pitch_of(width), np.float32(LOG2_E / math.sqrt(dim))
+    pairs, padding = half // 2, (width - dim) // 2  # of a row; words
+
     @device_function
-    def load_queries(queries, shared, qkv, head, first):
-        """16 rows of a warp's queries to mma's A, through shared memory, padded with zeros to the cache's width."""
-        for i in range(cuda.threadIdx.x, QUERIES * (width // 2), THREADS):
-            row, d = i // (width // 2), i % (width // 2) * 2
-            word = np.uint32(0)
-            if first + row < qkv.shape[0] and d < dim:
-                a, b = np.float32(qkv[first + row, head * dim + d]), np.float32(qkv[first + row, head * dim + d + 1])
-                word = half2_from_floats(a, b)
-            shared[row * (key_pitch // 2) + d // 2] = word
+    def rotate(shared, qkv, cos, sin, start, head, first):
+        for i in range(cuda.threadIdx.x, QUERIES * pairs, THREADS):
+            row, d = i // pairs, 2 * (i % pairs)
+            line = min(first + row, qkv.shape[0] - 1)  # queries that are not there are computed and not stored
+            place, position = np.int64(line) * qkv.shape[1] + head * dim + d, start + line
+            a, b = half2_to_floats(load_pair(qkv, place)[0]), half2_to_floats(load_pair(qkv, place + half)[0])
+            c, s = cos[position, d] * scale, sin[position, d] * scale
+            c1, s1 = cos[position, d + 1] * scale, sin[position, d + 1] * scale
+            to = row * pitch + d // 2
+            shared[to] = half2_from_floats(a[0] * c - b[0] * s, a[1] * c1 - b[1] * s1)
+            shared[to + half // 2] = half2_from_floats(b[0] * c + a[0] * s, b[1] * c1 + a[1] * s1)
+        if width != dim:
+            for i in range(cuda.threadIdx.x, QUERIES * padding, THREADS):
+                shared[i // padding * pitch + dim // 2 + i % padding] = np.uint32(0)
         cuda.syncthreads()
+
+    return rotate
+
+
+def _query_loader(width):
+    """Device function: the 16 rows of a warp's queries to mma's A."""
+    pitch, steps = pitch_of(width), width // 16
+
+    @device_function
+    def load_queries(queries, shared):
         lane = cuda.threadIdx.x & 31
-        row = 16 * (cuda.threadIdx.x >> 5) + (lane >> 2)
+        place = (16 * (cuda.threadIdx.x >> 5) + (lane & 15)) * pitch + 4 * (lane >> 4)
         for j in range(steps):
-            low = load_shared(shared, row * (key_pitch // 2) + 16 * j + 4 * (lane & 3))
-            high = load_shared(shared, (row + 8) * (key_pitch // 2) + 16 * j + 4 * (lane & 3))
+            a = load_tiles(shared, place + 8 * j)
             for i in range(4):
-                queries[j, 2 * i] = low[i]
-                queries[j, 2 * i + 1] = high[i]
-        cuda.syncthreads()
+                queries[j, i] = a[i]
+        cuda.syncthreads()  # tiles come to where the queries were
+
+    return load_queries
+
+
+def _keys_product(width):
+    """Device function: ``scores = queries @ keys.T``; the sums of all keys grow side by side, and none waits for itself."""
+    pitch, tiles = pitch_of(width), keys_of(width) // 8
 
     @device_function
-    def multiply_keys(scores, queries, shared):
+    def multiply_keys(scores, queries, shared, at):
         lane = cuda.threadIdx.x & 31
-        for n in range(KEYS // 8):
-            c = (np.float32(0), np.float32(0), np.float32(0), np.float32(0))
-            for j in range(steps):
-                k = load_shared(shared, (8 * n + (lane >> 2)) * (key_pitch // 2) + 16 * j + 4 * (lane & 3))
-                c = mma((queries[j, 0], queries[j, 1], queries[j, 2], queries[j, 3]), (k[0], k[1]), c)
-                c = mma((queries[j, 4], queries[j, 5], queries[j, 6], queries[j, 7]), (k[2], k[3]), c)
+        place = at + (lane & 7) * pitch + 4 * (lane >> 3)
+        for n in range(tiles):
             for e in range(4):
-                scores[n, e] = c[e]
+                scores[n, e] = ZERO
+        for j in range(0, width // 16, 2):
+            for n in range(tiles):
+                k = load_tiles(shared, place + 8 * n * pitch + 8 * j)
+                c = scores[n, 0], scores[n, 1], scores[n, 2], scores[n, 3]
+                c = mma((queries[j, 0], queries[j, 1], queries[j, 2], queries[j, 3]), (k[0], k[1]), c)
+                a = queries[j + 1, 0], queries[j + 1, 1], queries[j + 1, 2], queries[j + 1, 3]
+                c = mma(a, (k[2], k[3]), c)
+                for e in range(4):
+                    scores[n, e] = c[e]
+
+    return multiply_keys
+
+
+def _mask(tile_keys):
+    """Device function: scores of keys that come after their query become LOWEST; ``row``: the warp's first position."""
 
     @device_function
-    def soften(scores, mixed, state, first_key, low_limit):
-        """Scores to exp2(score - maximum); state: maximum and sum of this lane's two rows, low and low + 8."""
+    def mask(scores, first_key, row):
         lane = cuda.threadIdx.x & 31
-        for half in range(2):
-            largest = state[2 * half]
-            for n in range(KEYS // 8):
-                for e in range(2):
-                    key = first_key + 8 * n + 2 * (lane & 3) + e
-                    s = scores[n, 2 * half + e] * scale if key <= low_limit + 8 * half else LOWEST
-                    scores[n, 2 * half + e] = s
-                    largest = max(largest, s)
-            largest = max(largest, cuda.shfl_xor_sync(ALL, largest, 1))
-            largest = max(largest, cuda.shfl_xor_sync(ALL, largest, 2))
-            factor = cuda.libdevice.exp2f(state[2 * half] - largest)
-            total = np.float32(0)
-            for n in range(KEYS // 8):
-                for e in range(2):
-                    p = cuda.libdevice.exp2f(scores[n, 2 * half + e] - largest)
-                    scores[n, 2 * half + e] = p
-                    total += p
-            state[2 * half] = largest
-            state[2 * half + 1] = state[2 * half + 1] * factor + total
+        for n in range(tile_keys // 8):
+            for e in range(4):
+                if first_key + 8 * n + 2 * (lane & 3) + (e & 1) > row + (lane >> 2) + 8 * (e >> 1):
+                    scores[n, e] = LOWEST
+
+    return mask
+
+
+def _softener(tile_keys, columns):
+    """Device function: scores to exp2(score - maximum), and the mixture to that maximum; ``state``: maximum and sum of a
+    lane's two rows, lane // 4 and 8 more."""
+
+    @device_function
+    def soften_row(scores, mixed, state, half):
+        largest = state[2 * half]
+        for n in range(tile_keys // 8):
+            largest = max(largest, max(scores[n, 2 * half], scores[n, 2 * half + 1]))
+        largest = max(largest, cuda.shfl_xor_sync(ALL, largest, 1))
+        largest = max(largest, cuda.shfl_xor_sync(ALL, largest, 2))
+        factor, total = cuda.libdevice.exp2f(state[2 * half] - largest), ZERO
+        for n in range(tile_keys // 8):
+            for e in range(2):
+                p = cuda.libdevice.exp2f(scores[n, 2 * half + e] - largest)
+                scores[n, 2 * half + e] = p
+                total += p
+        state[2 * half] = largest
+        state[2 * half + 1] = state[2 * half + 1] * factor + total
+        if cuda.any_sync(ALL, factor != np.float32(1)):
             for n in range(columns):
                 mixed[n, 2 * half] *= factor
                 mixed[n, 2 * half + 1] *= factor
 
     @device_function
-    def multiply_values(mixed, scores, shared):
-        """mixed += p @ values; a lane names row ``lane % 16`` of 16 keys, the upper lanes that of the next 8 dimensions."""
+    def soften(scores, mixed, state):
+        soften_row(scores, mixed, state, 0)
+        soften_row(scores, mixed, state, 1)
+
+    return soften
+
+
+def _values_product(width):
+    """Device function: ``mixed += p @ values``; a lane names row ``lane % 16`` of 16 keys, the upper lanes that of the next
+    8 dimensions."""
+    pitch, columns, tile_keys = pitch_of(width), width // 8, keys_of(width)
+
+    @device_function
+    def multiply_values(mixed, scores, shared, at):
         lane = cuda.threadIdx.x & 31
-        place = values_at + (lane & 15) * (value_pitch // 2) + 4 * (lane >> 4)
-        for k in range(KEYS // 16):
+        place = at + (lane & 15) * pitch + 4 * (lane >> 4)
+        for k in range(tile_keys // 16):
             a = (
                 half2_from_floats(scores[2 * k, 0], scores[2 * k, 1]),
                 half2_from_floats(scores[2 * k, 2], scores[2 * k, 3]),
@@ -140,60 +245,32 @@ def prefill_attention_kernel(heads: int, groups: int, dim: int, width: int) -> K
                 half2_from_floats(scores[2 * k + 1, 2], scores[2 * k + 1, 3]),
             )
             for n in range(0, columns, 2):
-                b = load_transposed(shared, place + 16 * k * (value_pitch // 2) + 4 * n)
+                b = load_transposed(shared, place + 16 * k * pitch + 4 * n)
                 c = mma(a, (b[0], b[1]), (mixed[n, 0], mixed[n, 1], mixed[n, 2], mixed[n, 3]))
                 d = mma(a, (b[2], b[3]), (mixed[n + 1, 0], mixed[n + 1, 1], mixed[n + 1, 2], mixed[n + 1, 3]))
                 for e in range(4):
                     mixed[n, e] = c[e]
                     mixed[n + 1, e] = d[e]
 
+    return multiply_values
+
+
+def _storer(dim, columns):
+    """Device function: the mixture over its sum, to where the next linear wants it; ``row``: the warp's first."""
+
     @device_function
-    def store(mixed, state, order, out, head, first_row):
+    def store(mixed, state, order, out, head, row):
         lane = cuda.threadIdx.x & 31
         for half in range(2):
-            row = first_row + 8 * half
-            total = state[2 * half + 1]
+            total, line = state[2 * half + 1], row + (lane >> 2) + 8 * half
             total += cuda.shfl_xor_sync(ALL, total, 1)
             total += cuda.shfl_xor_sync(ALL, total, 2)
-            if row < out.shape[0]:
+            share = np.float32(1) / total
+            if line < out.shape[0]:
                 for n in range(columns):
                     for e in range(2):
                         d = 8 * n + 2 * (lane & 3) + e
                         if d < dim:
-                            out[row, order[head * dim + d]] = mixed[n, 2 * half + e] / total
+                            out[line, order[head * dim + d]] = mixed[n, 2 * half + e] * share
 
-    def prefill_attention(qkv, keys, values, start, order, out):
-        shared = cuda.shared.array(shared_words, np.uint32, alignment=16)
-        queries = cuda.local.array((steps, 8), np.uint32)
-        scores = cuda.local.array((key_tiles, 4), np.float32)
-        mixed = cuda.local.array((columns, 4), np.float32)
-        state = cuda.local.array(4, np.float32)
-        head, lane = cuda.blockIdx.y, cuda.threadIdx.x & 31
-        first = (cuda.gridDim.x - 1 - cuda.blockIdx.x) * QUERIES  # the longest rows begin first
-        base = np.int64(head // (heads // groups)) * keys.shape[1] * width
-        my_row = first + 16 * (cuda.threadIdx.x >> 5) + (lane >> 2)
-        end = start + min(first + QUERIES, qkv.shape[0])  # tokens that this block's last query sees
-        for n in range(columns):
-            for e in range(4):
-                mixed[n, e] = np.float32(0)
-        for half in range(2):
-            state[2 * half], state[2 * half + 1] = LOWEST, np.float32(0)
-        load_queries(queries, shared, qkv, head, first)
-        copy_tile(shared, 0, key_pitch, keys, base, 0, end)
-        copy_tile(shared, values_at, value_pitch, values, base, 0, end)
-        for key in range(0, end, KEYS):
-            copy_async_wait(1)
-            cuda.syncthreads()  # the keys are there
-            multiply_keys(scores, queries, shared)
-            cuda.syncthreads()
-            copy_tile(shared, 0, key_pitch, keys, base, key + KEYS, end)
-            soften(scores, mixed, state, key, start + my_row)
-            copy_async_wait(1)
-            cuda.syncthreads()  # the values are there
-            multiply_values(mixed, scores, shared)
-            cuda.syncthreads()
-            copy_tile(shared, values_at, value_pitch, values, base, key + KEYS, end)
-        copy_async_wait(0)
-        store(mixed, state, order, out, head, my_row)
-
-    return Kernel(prefill_attention, THREADS)
+    return store

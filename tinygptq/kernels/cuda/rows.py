@@ -1,6 +1,6 @@
-"""The small layers between the products for many rows at once: embedding, RMSNorm, RoPE with the cache write, SwiGLU.
+"""The small layers between the products for many rows at once: embedding, RMSNorm, SwiGLU.
 
-Definitions: ops.rms_norm, ops.apply_rope, ops.swiglu. Each writes its result in the order in which the next linear wants
+Definitions: ops.rms_norm, ops.swiglu. Each writes its result in the order in which the next linear wants
 its rows (``order[i]``: where element i goes), so that act-order costs nothing.
 """
 
@@ -8,7 +8,6 @@ import functools
 
 import numpy as np
 
-from tinygptq.kernels.cuda.cache_codec import cache_writer
 from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.ptx import (
     bits_from_float,
@@ -23,44 +22,49 @@ from tinygptq.kernels.cuda.steps import begin_dependents, wait_for_dependencies
 from tinygptq.kernels.cuda.tables import device_function
 from tinygptq.kernels.cuda.warps import block_sum
 
-THREADS = 256
+THREADS, EMBED_THREADS = 256, 512
 
 
 @functools.cache
 def embed_kernel(features: int, eps: float) -> Kernel:
     """The kernel ``(table, ids, weight, order, h, x, squares)`` that begins the residual stream, and norms it.
 
-    Shapes: table float16 [vocab, C], ids int32 [R], weight float32 [C] of the first norm, order int32 [C]; h float32 [R, C];
-    x float16 [R, C], normed; squares float32 [2, R, strips]: the sum of squares as :mod:`.epilogues` want it, of both norms.
-    Grid (R), block 256.
+    Shapes: table float16 [vocab, C], C a multiple of 8; ids int32 [R]; weight float32 [C] of the first norm; order int32
+    [C]; h float32 [R, C]; x float16 [R, C], normed; squares float32 [2, R, strips]: the sum of squares as :mod:`.epilogues`
+    want it, of both norms. Grid (R), block 512.
     """
-    share, small = np.float32(1 / features), np.float32(eps)
-
-    eighths = features // 8
+    share, small, eighths = np.float32(1 / features), np.float32(eps), features // 8
+    turns = -(-eighths // EMBED_THREADS)
+    held_shape = turns, 8
 
     def embed(table, ids, weight, order, h, x, squares):
-        shared = cuda.shared.array(33, np.float32)
-        row = cuda.blockIdx.x
+        shared, held = cuda.shared.array(33, np.float32), cuda.local.array(held_shape, np.float32)
+        row, total = cuda.blockIdx.x, np.float32(0)
         begin_dependents()
         wait_for_dependencies()
         start = np.int64(ids[row]) * features
-        total = np.float32(0)
-        for i in range(cuda.threadIdx.x, eighths, THREADS):  # 16 bytes at a time: the table may be in the host's memory
-            words = load_16_bytes(table, start + 8 * i)
+        for n in range(turns):  # 16 bytes at a time: the table may be in the host's memory
+            i = n * EMBED_THREADS + cuda.threadIdx.x
+            words = load_16_bytes(table, start + 8 * min(i, eighths - 1))
             for j in range(4):
                 pair = half2_to_floats(words[j])
-                h[row, 8 * i + 2 * j], h[row, 8 * i + 2 * j + 1] = pair[0], pair[1]
-                total += pair[0] * pair[0] + pair[1] * pair[1]
+                held[n, 2 * j], held[n, 2 * j + 1] = pair[0], pair[1]
+                if i < eighths:
+                    total += pair[0] * pair[0] + pair[1] * pair[1]
         total = block_sum(total, shared)
         factor = cuda.libdevice.rsqrtf(total * share + small)
-        for i in range(cuda.threadIdx.x, features, THREADS):
-            x[row, order[i]] = h[row, i] * weight[i] * factor
-        for i in range(cuda.threadIdx.x, squares.shape[2], THREADS):
+        for n in range(turns):
+            i = n * EMBED_THREADS + cuda.threadIdx.x
+            if i < eighths:
+                for j in range(8):
+                    h[row, 8 * i + j] = held[n, j]
+                    x[row, order[8 * i + j]] = held[n, j] * weight[8 * i + j] * factor
+        for i in range(cuda.threadIdx.x, squares.shape[2], EMBED_THREADS):
             part = total if i == 0 else np.float32(0)
             squares[0, row, i] = part
             squares[1, row, i] = part
 
-    return Kernel(embed, THREADS)
+    return Kernel(embed, EMBED_THREADS)
 
 
 @functools.cache
@@ -72,32 +76,43 @@ def add_norm_kernel(features: int, eps: float, add: bool, in_order: bool) -> Ker
     Shapes: h float32 [T, C]; y float16 [T, C]; weight float32 [C]; order int32 [C]; x float16 [T, C]. Grid (T), block 256.
     """
     share, small, eighths = np.float32(1 / features), np.float32(eps), features // 8
-    put = _putter(in_order)
+    turns, put = -(-eighths // THREADS), _putter(in_order)
+    held_shape = turns, 8  # what a thread holds of a row from the sum to the norm
+
+    @device_function
+    def read(h, y, at):
+        """Eight numbers of the residual stream; with ``add``, after adding y."""
+        a, b = _floats(load_16_bytes(h, at)), _floats(load_16_bytes(h, at + 4))
+        if add:
+            words = load_16_bytes(y, at)
+            a, b = _plus(a, words[0], words[1]), _plus(b, words[2], words[3])
+        return a, b
 
     def add_norm(h, y, weight, order, x):
-        shared = cuda.shared.array(33, np.float32)
-        start = np.int64(cuda.blockIdx.x) * features
-        total = np.float32(0)
-        for i in range(cuda.threadIdx.x, eighths, THREADS):
-            at = start + 8 * i
-            a, b = _floats(load_16_bytes(h, at)), _floats(load_16_bytes(h, at + 4))
-            if add:
-                words = load_16_bytes(y, at)
-                a, b = _plus(a, words[0], words[1]), _plus(b, words[2], words[3])
-                store_16_bytes(h, at, _bits(a))
-                store_16_bytes(h, at + 4, _bits(b))
-            total += a[0] * a[0] + a[1] * a[1] + a[2] * a[2] + a[3] * a[3]
-            total += b[0] * b[0] + b[1] * b[1] + b[2] * b[2] + b[3] * b[3]
+        shared, held = cuda.shared.array(33, np.float32), cuda.local.array(held_shape, np.float32)
+        start, total = np.int64(cuda.blockIdx.x) * features, np.float32(0)
+        for n in range(turns):
+            i = n * THREADS + cuda.threadIdx.x
+            a, b = read(h, y, start + 8 * min(i, eighths - 1))
+            if add and i < eighths:
+                store_16_bytes(h, start + 8 * i, _bits(a))
+                store_16_bytes(h, start + 8 * i + 4, _bits(b))
+            for j in range(4):
+                held[n, j], held[n, j + 4] = a[j], b[j]
+                if i < eighths:
+                    total += a[j] * a[j] + b[j] * b[j]
         factor = cuda.libdevice.rsqrtf(block_sum(total, shared) * share + small)
-        for i in range(cuda.threadIdx.x, eighths, THREADS):
-            at = start + 8 * i
-            a, b = _floats(load_16_bytes(h, at)), _floats(load_16_bytes(h, at + 4))
-            v, w = _floats(load_16_bytes(weight, 8 * i)), _floats(load_16_bytes(weight, 8 * i + 4))
-            put(x, cuda.blockIdx.x, order, 8 * i,
-                half2_from_floats(a[0] * v[0] * factor, a[1] * v[1] * factor),
-                half2_from_floats(a[2] * v[2] * factor, a[3] * v[3] * factor),
-                half2_from_floats(b[0] * w[0] * factor, b[1] * w[1] * factor),
-                half2_from_floats(b[2] * w[2] * factor, b[3] * w[3] * factor))  # fmt: skip
+        for n in range(turns):
+            i = n * THREADS + cuda.threadIdx.x
+            if i < eighths:
+                a = held[n, 0], held[n, 1], held[n, 2], held[n, 3]
+                b = held[n, 4], held[n, 5], held[n, 6], held[n, 7]
+                v, w = _floats(load_16_bytes(weight, 8 * i)), _floats(load_16_bytes(weight, 8 * i + 4))
+                put(x, cuda.blockIdx.x, order, 8 * i,
+                    half2_from_floats(a[0] * v[0] * factor, a[1] * v[1] * factor),
+                    half2_from_floats(a[2] * v[2] * factor, a[3] * v[3] * factor),
+                    half2_from_floats(b[0] * w[0] * factor, b[1] * w[1] * factor),
+                    half2_from_floats(b[2] * w[2] * factor, b[3] * w[3] * factor))  # fmt: skip
 
     return Kernel(add_norm, THREADS)
 
@@ -138,31 +153,6 @@ def _putter(in_order: bool):
             pair(x, row, order, column + 6, d)
 
     return put
-
-
-@functools.cache
-def rotate_kernel(heads: int, groups: int, dim: int, cache_bits: int) -> Kernel:
-    """The kernel ``(qkv, cos, sin, start, row, cache)``: rotates queries where they are, and fills the cache.
-
-    Shapes: qkv float16 [T, (heads + 2 groups) * dim]; cos, sin float32 [at least start + T, dim / 2]; row: the sequence's
-    place in the cache; cache: as in :mod:`.decode_attention`. Grid (T, groups), block 64: a warp for the key, one for the
-    value, both for the group's queries.
-    """
-    half, each = dim // 2, heads // groups
-    write_cache = cache_writer(cache_bits, dim)
-
-    def rotate(qkv, cos, sin, start, row, cache):
-        token, group = cuda.blockIdx.x, cuda.blockIdx.y
-        position = start + token
-        write_cache(qkv, token, cos, sin, cache, row, group, heads, groups, position)
-        for i in range(cuda.threadIdx.x, each * half, 64):
-            first, d = (group * each + i // half) * dim + i % half, i % half
-            c, s = cos[position, d], sin[position, d]
-            a, b = np.float32(qkv[token, first]), np.float32(qkv[token, first + half])
-            qkv[token, first] = a * c - b * s
-            qkv[token, first + half] = b * c + a * s
-
-    return Kernel(rotate, 64)
 
 
 @functools.cache
