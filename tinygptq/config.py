@@ -252,7 +252,7 @@ class Recipe:
 RECIPES = {
     "plain": Recipe(),
     "fast": Recipe(clip=True, act_order=True, shrink=0.1),
-    "best": Recipe(clip=True, act_order=True, shrink=0.1, drift=0.5, residual=0.25, refine=2),
+    "best": Recipe(clip=True, act_order=True, shrink=0.1, drift=0.5, residual=0.25, refine=2, outputs=0.5),
 }
 
 

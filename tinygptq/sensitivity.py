@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 import numpy as np
 from tqdm import tqdm
@@ -13,10 +14,12 @@ from tinygptq.model import Llama
 from tinygptq.ops import array_module, to_numpy
 from tinygptq.placement import Host
 
-TOKENS = 8192  # of the calibration text: the matrices are shrunk a good deal anyway, and it takes time
+TOKENS = 4096  # of the calibration text: twice as many lower the divergence by 3 % more, and take as long as all of GPTQ
 TOKENS_AT_ONCE = 2048
 WIDTH = 768  # outputs in a block, at most
 SEED = 0  # of the tokens drawn from the model's predictions
+
+log = logging.getLogger("tinygptq")
 
 
 def output_matrices(model: Llama, ids: np.ndarray, place: Host) -> dict[str, list[np.ndarray]]:
@@ -36,6 +39,10 @@ def output_matrices(model: Llama, ids: np.ndarray, place: Host) -> dict[str, lis
     ids = ids[np.arange(count) * len(ids) // count]
     size, layers = max(1, TOKENS_AT_ONCE // ids.shape[1]), model.config.num_hidden_layers
     hidden = [batch for i in range(0, count, size) for batch in place.embed(model, ids[i : i + size])]
+    kept = sum((b - a) ** 2 for _, out in model.config.linear_shapes().values() for a, b in block_bounds(out))
+    stream = sum(h.nbytes for h in hidden)
+    log.info("gradients: of %d tokens; about %.1f GB for a time, the residual stream at every block, and %.1f GB of sums",
+             ids.size, layers * stream / 1e9, layers * 4 * kept / 1e9)  # fmt: skip
     gradients = output_gradients(
         place.with_head(model), hidden, np.random.default_rng(SEED), lambda layer, step: place.block(model, layer, step)
     )
