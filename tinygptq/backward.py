@@ -15,6 +15,7 @@ import numpy as np
 
 from tinygptq import ops, threads
 from tinygptq.model import Llama
+from tinygptq.weights import DenseLinear
 
 QUERIES = 128  # rows of the attention matrix formed together: keys beyond the last of them are left out
 TOKENS = 32  # whose activations a thread works on together, in the processor's cache
@@ -63,7 +64,9 @@ def block_gradients(model: Llama, layer: int, h: np.ndarray, d: np.ndarray) -> t
 
     def back(name: str, dy: np.ndarray) -> np.ndarray:
         grads[name] = dy
-        return product(dy, _wide(xp.asarray(model.weights.linears[prefix + name].weight)))
+        linear = model.weights.linears[prefix + name]
+        assert isinstance(linear, DenseLinear)
+        return product(dy, _wide(xp.asarray(linear.weight)))
 
     def heads(name: str, count: int) -> np.ndarray:
         return model.linear(layer, name, x).reshape(B, T, count, -1).swapaxes(1, 2)  # (B, count, T, D)
@@ -83,8 +86,8 @@ def block_gradients(model: Llama, layer: int, h: np.ndarray, d: np.ndarray) -> t
 
     dq, dk, dv = attention_gradient(_wide(q), _wide(k), _wide(v), back("self_attn.o_proj", d))
     dq, dk = ops.apply_rope(dq, cos, -sin), ops.apply_rope(dk, cos, -sin)  # a rotation's transpose turns back
-    by_name = {"self_attn.q_proj": dq, "self_attn.k_proj": dk, "self_attn.v_proj": dv}
-    dx = sum(back(name, dy.swapaxes(1, 2).reshape(B, T, -1)) for name, dy in by_name.items())
+    dq, dk, dv = (dy.swapaxes(1, 2).reshape(B, T, -1) for dy in (dq, dk, dv))
+    dx = back("self_attn.q_proj", dq) + back("self_attn.k_proj", dk) + back("self_attn.v_proj", dv)
     return d + rms_norm_gradient(h, model.weights.norms[prefix + "input_layernorm"], config.rms_norm_eps, dx), grads
 
 
