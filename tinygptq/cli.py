@@ -158,7 +158,8 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add("--method", default="gptq", choices=("gptq", "rtn"), help="rtn rounds to nearest, without calibration")
     add("--recipe", default="fast", choices=tuple(RECIPES), help="plain is the paper's algorithm; fast searches each "
         "group's scale and quantises the most important columns first; best also makes up for what earlier linears "
-        "changed, and moves scales and codes once more, in two to three times the time (default: %(default)s)")
+        "changed and for other outputs' errors, and moves scales and codes once more, in three to four times the time "
+        "(default: %(default)s)")
     add("--checkpoint-format", default="gptq", choices=("gptq", "gptq_v2"), help="how zero points are stored (gptq)")
     add("--resume", action="store_true", help="continue an earlier run that was cut off, at the block it had reached; "
         "also keep what this one has done if an error or Ctrl-C stops it (one that is killed can be continued in any case)")
