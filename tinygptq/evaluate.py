@@ -16,7 +16,6 @@ from tinygptq.errors import TinyGPTQError
 from tinygptq.model import Llama
 from tinygptq.ops import array_module, to_numpy
 
-TOKENS_AT_ONCE = 2048  # short windows go through the model together
 LARGEST_NATS = 700.0  # exp overflows float64 at 709.8; a model that knows nothing at all needs log(vocabulary), about 10
 ROWS_AT_ONCE = 512  # positions whose logits are formed together: 512 x 32,000 floats are 65 MB
 
@@ -63,7 +62,7 @@ def perplexity(
     windows = _windows(len(ids), seqlen, stride)[:max_windows]
     total, tokens = 0.0, 0
     with tqdm(total=len(windows), desc="perplexity", unit="window", disable=None) as bar:
-        for batch in _alike(windows, max(1, TOKENS_AT_ONCE // seqlen)):
+        for batch in _alike(windows, max(1, model.tokens_at_once // seqlen)):
             nats = negative_log_likelihood(model, np.stack([ids[w.start : w.end] for w in batch]), batch[0].seen)
             total += nats.sum(dtype=np.float64)
             tokens += nats.size

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.evaluate import ROWS_AT_ONCE, TOKENS_AT_ONCE, cross_entropy
+from tinygptq.evaluate import ROWS_AT_ONCE, cross_entropy
 from tinygptq.kvcache import KVCache
 from tinygptq.model import Llama
 from tinygptq.ops import array_module, softmax
@@ -103,14 +103,15 @@ class Scorer:
 
     Args:
         model: on any device. context: tokens that fit; None is the model's own maximum.
-        max_batch: sequences in one pass. max_tokens: tokens in one pass.
+        max_batch: sequences in one pass. max_tokens: tokens in one pass; None is the model's own ``tokens_at_once``.
         share: False computes every sequence from its first token (what sharing is measured against).
     """
 
     def __init__(
-        self, model: Llama, context: int | None = None, max_batch: int = MAX_BATCH, max_tokens: int = TOKENS_AT_ONCE,
-        share: bool = True,
+        self, model: Llama, context: int | None = None, max_batch: int = MAX_BATCH,
+        max_tokens: int | None = None, share: bool = True,
     ) -> None:  # fmt: skip
+        max_tokens = model.tokens_at_once if max_tokens is None else max_tokens
         if max_batch < 1 or max_tokens < 1:
             raise TinyGPTQError(f"a batch of {max_batch} sequences of {max_tokens} tokens holds nothing; expected 1 or more")
         self.model, self.context = model, context or model.config.max_position_embeddings
@@ -157,7 +158,7 @@ class Scorer:
         if stretched:
             return [Batch(i, i + 1, 0) for i in range(len(jobs))]
         if self._share:
-            return plan(inputs, needed, self.max_batch, self.max_tokens, self._held)
+            return plan(inputs, needed, self.max_batch, self.max_tokens, self._held, self.model.pass_cost)
         return _batches_without_sharing(inputs, self.max_batch, self.max_tokens)
 
     def _make_room(self, longest: int) -> None:

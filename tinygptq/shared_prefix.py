@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinygptq.kvcache import KVCache
+from tinygptq.model import Llama
 from tinygptq.ops import array_module
-
-PASS_COST = 40  # tokens: what a pass costs beside its tokens (all weights are read and widened); 0.15 s, measured on SmolLM2
 
 
 class ForkedCache:
@@ -64,8 +63,9 @@ def common_length(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def plan(
-    sequences: Sequence[np.ndarray], needed: Sequence[int], max_batch: int, max_tokens: int, held: Sequence[int] = ()
-) -> list[Batch]:
+    sequences: Sequence[np.ndarray], needed: Sequence[int], max_batch: int, max_tokens: int, held: Sequence[int] = (),
+    pass_cost: int = Llama.pass_cost,
+) -> list[Batch]:  # fmt: skip
     """Cut sequences, in sorted order, into batches so that few tokens are computed in few passes.
 
     A batch of one runs on the trunk itself; one of several runs padded to its longest, after the trunk has been brought to
@@ -74,7 +74,7 @@ def plan(
     Args:
         sequences: int [length] each, sorted as lists are. needed: the first position of each whose output is wanted, which
             therefore cannot come from the trunk. max_batch: sequences in a pass. max_tokens: tokens in a pass of several.
-        held: the tokens that the trunk holds already.
+        held: the tokens that the trunk holds already. pass_cost: see :class:`~tinygptq.model.Llama`.
     """
     before = [np.asarray(held, np.int64), *sequences]
     common = [common_length(before[i], before[i + 1]) for i in range(len(sequences))]  # with the one before
@@ -86,7 +86,7 @@ def plan(
         for start in range(end - 1, max(end - max_batch, 0) - 1, -1):
             most, longest = min(most, needed[start]), max(longest, lengths[start])
             kept = min(holds[start], common[start], most)
-            cost, shared, held_then = _cost(end - start, longest, kept, most)
+            cost, shared, held_then = _cost(end - start, longest, kept, most, pass_cost)
             if (end - start == 1 or (end - start) * (longest - shared) <= max_tokens) and (
                 best is None or costs[start] + cost < best[0]
             ):
@@ -103,13 +103,13 @@ def plan(
     return batches[::-1]
 
 
-def _cost(count: int, longest: int, kept: int, most: int) -> tuple[int, int, int]:
+def _cost(count: int, longest: int, kept: int, most: int, pass_cost: int) -> tuple[int, int, int]:
     """Of a batch: its cost, how much it shares, and what the trunk holds after it.
 
     kept: tokens the trunk has already. most: tokens that the members share and nobody wants the output of.
     """
-    as_it_is = PASS_COST + count * (longest - kept)
+    as_it_is = pass_cost + count * (longest - kept)
     if count == 1:
         return as_it_is, kept, longest
-    grown = 2 * PASS_COST + (most - kept) + count * (longest - most)
+    grown = 2 * pass_cost + (most - kept) + count * (longest - most)
     return (grown, most, most) if most > kept and grown < as_it_is else (as_it_is, kept, kept)

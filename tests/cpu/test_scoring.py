@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_models import config, weights
 
-from tinygptq import shared_prefix
 from tinygptq.config import RopeScaling
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels import cpu
@@ -109,11 +108,7 @@ def test_a_plan_covers_all_in_order_within_the_limits(seed, max_batch, max_token
     sequences = sorted(rng.integers(0, 2, rng.integers(1, 9)).tolist() for _ in range(rng.integers(0, 12)))
     needed = [int(rng.integers(0, len(one))) for one in sequences]
     arrays = [np.array(one) for one in sequences]
-    before, shared_prefix.PASS_COST = shared_prefix.PASS_COST, cost
-    try:
-        batches = plan(arrays, needed, max_batch, max_tokens, held=[1, 0, 1])
-    finally:
-        shared_prefix.PASS_COST = before
+    batches = plan(arrays, needed, max_batch, max_tokens, held=[1, 0, 1], pass_cost=cost)
     assert [i for batch in batches for i in range(batch.start, batch.end)] == list(range(len(sequences)))
     for batch in batches:
         members = sequences[batch.start : batch.end]

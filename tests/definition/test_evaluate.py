@@ -23,6 +23,8 @@ class TableModel:
     def __init__(self, table: np.ndarray) -> None:
         self.table, self.windows = table.astype(np.float32), []
 
+    tokens_at_once = 2048
+
     def hidden(self, ids: np.ndarray) -> np.ndarray:
         self.windows += ids.tolist()
         return np.eye(len(self.table), dtype=np.float32)[ids]  # (B, T, V)
@@ -73,6 +75,8 @@ def test_it_is_the_exponential_of_the_mean_over_all_predicted_tokens(seed, scale
 
 class Reach:
     """A model whose nats for a token are how many tokens it was shown before it: what a stride is about."""
+
+    tokens_at_once = 2048
 
     def hidden(self, ids: np.ndarray) -> np.ndarray:
         return np.broadcast_to(np.arange(1.0, ids.shape[1] + 1, dtype=np.float32)[:, None], (*ids.shape, 1))  # (B, T, 1)

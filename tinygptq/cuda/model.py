@@ -24,6 +24,8 @@ from tinygptq.weights import Weights
 class CudaLlama(Llama):
     """A :class:`~tinygptq.model.Llama` whose arrays are CuPy's, float32, on the current stream."""
 
+    tokens_at_once, pass_cost = 4096, 1000  # launching a pass takes some 50 ms of the host, whatever its tokens
+
     def __init__(self, config: LlamaConfig, device: DeviceWeights) -> None:
         norms = {"model.norm": device.norm}
         for layer, block in enumerate(device.blocks):
@@ -33,6 +35,7 @@ class CudaLlama(Llama):
         self.device = device
         heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self._width, self._in_order = cache_width(dim), cupy().arange(heads * dim, dtype=np.int32)
+        self._turns: tuple[int, tuple[Any, Any]] | None = None
         self._attend = prefill_attention_kernel(heads, groups, dim, self._width)
 
     def embed(self, ids: Any) -> Any:
@@ -50,11 +53,18 @@ class CudaLlama(Llama):
         heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         qkv = product(x, self.device.blocks[layer].qkv, np.float32)
         qkv = qkv.reshape(batch, tokens, heads + 2 * groups, dim).swapaxes(1, 2)  # (B, H + 2G, T, D)
-        cos, sin = ops.rope_tables(cupy().asarray(ops.rope_frequencies(config, start + tokens)), 0, start + tokens)
+        cos, sin = self._tables(start + tokens)
         k, v = ops.apply_rope(qkv[:, heads : heads + groups], cos[start:], sin[start:]), qkv[:, heads + groups :]
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, G, S, D)
         return self._attention(qkv[:, :heads], k, v, cos, sin)
+
+    def _tables(self, length: int) -> tuple[Any, Any]:
+        """cos and sin of the first ``length`` positions; those of the last length asked for are kept for the next layer."""
+        if self._turns is None or self._turns[0] != length:
+            frequencies = cupy().asarray(ops.rope_frequencies(self.config, length))
+            self._turns = length, ops.rope_tables(frequencies, 0, length)
+        return self._turns[1]
 
     def mlp_mix(self, layer: int, x: Any) -> Any:
         both = product(x, self.device.blocks[layer].gate_up, np.float32)
@@ -74,13 +84,20 @@ class CudaLlama(Llama):
         cp, (batch, heads, tokens, dim), seen = cupy(), q.shape, k.shape[2]
         out = cp.empty((batch, tokens, heads * dim), np.float16)
         rows = cp.ascontiguousarray(q.swapaxes(1, 2).reshape(batch, tokens, heads * dim)).astype(np.float16)
-        room = ((0, 0), (0, 0), (0, 0), (0, self._width - dim))
-        keys, values = (cp.ascontiguousarray(cp.pad(array.astype(np.float16), room)) for array in (k, v))
+        keys, values = (self._wide(array) for array in (k, v))
         grid, stream = (heads, -(-tokens // QUERIES)), cp.cuda.get_current_stream()
         for b in range(batch):
             given = rows[b], cos, sin, keys[b], values[b], seen - tokens, self._in_order, out[b]
             self._attend(grid, THREADS, stream, *given)
         return out.astype(np.float32)
+
+    def _wide(self, array: Any) -> Any:
+        """fp16 [B, G, S, width], zeros behind each head's own dimensions."""
+        if array.shape[-1] == self._width:
+            return cupy().ascontiguousarray(array.astype(np.float16))
+        wide = cupy().zeros((*array.shape[:-1], self._width), np.float16)
+        wide[..., : array.shape[-1]] = array
+        return wide
 
 
 def product(x: Any, layer: Product, dtype: Any) -> Any:
