@@ -3,9 +3,8 @@
     python scripts/bench/engine.py FOLDER [FOLDER ...] [--rows 1,8] [--contexts 256,1900] [--checks] [--out FILE.json]
 
 Each folder (scripts/make_synthetic_model.py writes one in LLaMA-7B's shape, of any branch) is measured by ``tinygptq bench``
-in a process of its own: the first one for each number of sequences, with a 16-bit and an 8-bit cache, the others for one
-sequence. With ``--checks``, the first one also has to show, each in a process of its own (the functions below say what is
-done):
+in a process of its own: the first one for each number of sequences and both caches, the others for one sequence and 16 bits.
+With ``--checks``, the first one also has to show, each in a process of its own (the functions below say what is done):
 
     first_token      seconds until it has loaded and drawn a token, with an empty kernel cache and then with that one
     crowded          the same while all but 6 GB of the card are taken by something else
@@ -141,13 +140,13 @@ def part(name: str, folder: Path, **environment: str) -> Any:
 
 
 def checks(folder: Path) -> Iterator[tuple[str, Any]]:
-    """All of them by name; the first token with an empty kernel cache first."""
-    with tempfile.TemporaryDirectory() as cache:
-        cold, warm = (part("first_token", folder, XDG_CACHE_HOME=cache) for _ in range(2))
-    yield "first_token", {"cold": cold, "warm": warm}
+    """All of them by name; the longest, which compiles every kernel anew, last."""
     yield "positions", part("positions", folder)
     yield "many_tokens", part("many_tokens", folder)
     yield "crowded", crowded(folder)
+    with tempfile.TemporaryDirectory() as cache:
+        cold, warm = (part("first_token", folder, XDG_CACHE_HOME=cache) for _ in range(2))
+    yield "first_token", {"cold": cold, "warm": warm}
 
 
 def crowded(folder: Path) -> dict[str, Any]:
@@ -188,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--rows", default="1,8")
+    parser.add_argument("--cache-bits", default="16,8")
     parser.add_argument("--contexts", default="256,1900")
     parser.add_argument("--prompt-tokens", default="1920,2048")
     parser.add_argument("--checks", action="store_true")
@@ -200,23 +200,24 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     shown: dict[str, Any] = {}
     for number, folder in enumerate(args.folders):
-        for cache_bits in (16, 8) if number == 0 else (16,):
+        for cache_bits in args.cache_bits.split(",") if number == 0 else ("16",):
             rows = args.rows if number == 0 else "1"
             options = ["--rows", rows, "--context", args.contexts, "--prompt-tokens", args.prompt_tokens,
-                       "--cache-bits", str(cache_bits), "--tokens", "64", "--profile"]  # fmt: skip
+                       "--cache-bits", cache_bits, "--tokens", "64", "--profile"]  # fmt: skip
             for found in measure(folder, options):
-                results.append({"model": folder.name, "cache_bits": cache_bits, **rounded(found)})
+                results.append({"model": folder.name, "cache_bits": int(cache_bits), **rounded(found)})
                 print(line(results[-1]), flush=True)
-        if args.checks and number == 0:
-            for name, found in checks(folder):
-                shown[name] = rounded(found)
-                print(name, json.dumps(shown[name]), flush=True)
-        if args.out:
             save(args.out, results, shown)
+    for name, found in checks(args.folders[0]) if args.checks else ():
+        shown[name] = rounded(found)
+        print(name, json.dumps(shown[name]), flush=True)
+        save(args.out, results, shown)
 
 
-def save(path: Path, results: list[dict[str, Any]], shown: dict[str, Any]) -> None:
+def save(path: Path | None, results: list[dict[str, Any]], shown: dict[str, Any]) -> None:
     """All that is known so far."""
+    if path is None:
+        return
     facts = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "device": results[0]["device"]}
     facts |= {"versions": versions(), "results": results} | ({"checks": shown} if shown else {})
     path.write_text(json.dumps(facts, indent=1) + "\n")
