@@ -14,7 +14,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,8 @@ from tinygptq.checkpoint import Checkpoint
 from tinygptq.config import RECIPES, LlamaConfig, QuantizeConfig, Recipe
 from tinygptq.errors import TinyGPTQError
 from tinygptq.export import gptq_tensors, solution_of
-from tinygptq.gptq import Hessian, Solution, prepare, solve
+from tinygptq.gptq import Hessian, Solution
 from tinygptq.gptq.drift import Cross
-from tinygptq.gptq.hessian import shrink
-from tinygptq.gptq.refine import refine
 from tinygptq.kernels.cuda import calibration, solver
 from tinygptq.kernels.cuda.cublas import Part, cublas
 from tinygptq.kernels.cuda.hessian import HalfHessian
@@ -87,7 +84,6 @@ class Card(Host):
         # bytes of the card in use throughout, and free at the start; whether it has no room for the residual stream
         self._used, self._most, self._on_host = 0.0, 0.0, False
         self._recipe, self._modest = RECIPES["plain"], MODEST
-        self._helper = ThreadPoolExecutor(1, thread_name_prefix="tinygptq-warm-up")
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -101,7 +97,6 @@ class Card(Host):
         except cp.cuda.memory.OutOfMemoryError as error:
             raise TinyGPTQError(f"the GPU has too little memory ({error}); try fewer --nsamples") from None
         finally:
-            self._helper.shutdown(wait=True)
             if self._reader is not None:
                 self._reader.close()
             cp.cuda.set_allocator(allocator)
@@ -128,20 +123,6 @@ class Card(Host):
         cupy().get_default_memory_pool().set_limit(size=int(max(peak + SPARE, self._modest) - BASE))
         log.info("memory: about %.1f GB on the GPU, of which %.1f GB are free, and %.1f GB on the host",
                  (peak + SPARE) / 1e9, self._most / 1e9, (HOST_BASE + self._on_host * stream) / 1e9)  # fmt: skip
-        self._helper.submit(self._warm_up, config, cupy().cuda.Device())
-
-    def _warm_up(self, config: QuantizeConfig, device: Any) -> None:
-        """Solve something small while the first block's inputs are computed: a process that is the first on its machine
-        loads libraries and compiles kernels meanwhile, and would else wait ten seconds for them."""
-        cp = cupy()
-        with device, cp.cuda.Stream(non_blocking=True) as stream:
-            W = cp.eye(solver.B, dtype=np.float32)  # one block of columns: nothing goes through the main thread's cuBLAS
-            factor = prepare(shrink(W + 1, config.recipe.shrink), config, method=solver)
-            solution = solve(W, factor, config, method=solver)
-            if config.recipe.refine:
-                solution = refine(W, W + 1, solution, factor, config, method=solver)
-            solution.dequantize()
-            stream.synchronize()
 
     def embed(self, model: Llama, ids: np.ndarray) -> Any:
         cp, source = cupy(), self._source

@@ -359,9 +359,10 @@ def _solve_with(
     outputs: Mapping[str, list[np.ndarray]] = MappingProxyType({}),
 ):
     with place.clock("Hessian"), _of_block(layer):
-        full_H = hessian.H
+        full_H = hessian.take()
         H = shrink(full_H, config.recipe.shrink)
         R = None if cross is None else drift.inverse(full_H, method=place.solver)
+        del full_H
     shared = f"model.layers.{layer}.{' '.join(names)}"
     with place.clock("Cholesky"):
         factor = prepare(H, config, method=place.solver, name=shared)

@@ -39,6 +39,17 @@ def test_adding_leaves_the_activations_alone() -> None:
     assert np.allclose(hessian.H, first, rtol=1e-6)  # twice the sum over twice the sequences
 
 
+def test_what_is_taken_is_not_kept() -> None:
+    hessian, X = Hessian(8), activations(2, 5, 8)
+    hessian.add(X)
+    kept = hessian.H
+    assert np.array_equal(hessian.take(), kept)
+    with pytest.raises(TinyGPTQError, match="empty"):
+        _ = hessian.H
+    hessian.add(2 * X)
+    assert np.allclose(hessian.H, 4 * kept, rtol=1e-6)  # nothing of what was
+
+
 def test_dead_inputs_are_those_never_seen() -> None:
     X = activations(2, 5, 8)
     X[..., [1, 6]] = 0

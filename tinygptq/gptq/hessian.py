@@ -58,6 +58,12 @@ class Hessian:
             raise TinyGPTQError("the Hessian is empty: no calibration activations were added")
         return self._sum * self.dtype.type(2 / self.n_samples)
 
+    def take(self) -> np.ndarray:
+        """H, which is then the caller's alone; nothing of it is kept here, where it would be the largest array of all."""
+        H = self.H
+        self._sum, self.n_samples = None, 0
+        return H
+
     @property
     def dead(self) -> np.ndarray:
         """Inputs that were zero in every token, bool [in]: their weights do not matter."""
