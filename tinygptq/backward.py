@@ -31,7 +31,7 @@ def output_gradients(
     """Gradients of ``-log p(t)`` with respect to every linear's output, t drawn from the model's own prediction p.
 
     With t drawn so, the expected ``dy dy^T`` is the Fisher information: to second order, an error e of an output changes
-    the prediction by the Kullback-Leibler divergence ``1/2 e^T E[dy dy^T] e`` (Martens 2020, arXiv 1412.1193, section 9).
+    the prediction by the Kullback-Leibler divergence ``1/2 e^T E[dy dy^T] e`` (Martens 2020, arXiv 1412.1193).
 
     Args:
         model: its linears dense. hidden: what `Llama.embed` gives, [B, T, C] each; every position predicts. rng: draws the
