@@ -21,6 +21,7 @@ from tinygptq.kernels.cuda import dequantise, matmul, matvec, plain
 
 WORDS, HALVES, FLOATS, COUNTS = (types.Array(t, 1, "C") for t in (types.uint32, types.float16, types.float32, types.int32))
 ROWS = types.Array(types.float16, 2, "C")
+STREAM = "ld.global.nc.L1::no_allocate.L2::128B.v4.u32"
 MATMULS = (  # capability, bits, group size, zero point or None, row tiles
     ((8, 0), 4, 128, 8, 4),
     ((8, 6), 3, 64, None, 4),
@@ -57,10 +58,10 @@ def test_the_kernels_beside_the_plain_one():
 
 @pytest.mark.parametrize("bits,group_size,zero", [(4, 128, 8), (3, 32, None), (8, 128, None), (2, 64, 2)])
 def test_dequantise(bits, group_size, zero):
-    arguments = (WORDS, WORDS, WORDS, types.int64, types.int64, ROWS)
+    arguments = (WORDS, WORDS, WORDS, types.int64, types.int64, types.int64, types.int64, ROWS)
     capability = {4: (8, 0), 3: (7, 5), 8: (8, 9), 2: (9, 0)}[bits]
     ptx = to_ptx(dequantise.dequantise_kernel(bits, group_size, zero), arguments, capability)
-    assert count(ptx, "ld.global.nc.L1::no_allocate.v4.u32") == bits  # a chunk's words, 16 bytes a lane
+    assert count(ptx, STREAM) == bits  # a chunk's words, 16 bytes a lane
     assert count(ptx, "st.global.v4.u32") == 16  # 4 units of 4 columns
     assert count(ptx, "mul.rn.f16x2") == 64
 
@@ -72,7 +73,7 @@ def test_matmul(capability, bits, group_size, zero, row_tiles):
     ptx = to_ptx(kernel, arguments, capability)
     assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == 4 * 4 * row_tiles  # units, steps and tiles
     assert count(ptx, "cp.async.cg.shared.global") >= 2
-    assert count(ptx, "ld.global.nc.L1::no_allocate.v4.u32") == 2 * bits  # the first chunk's words, and the next one's
+    assert count(ptx, STREAM) == 2 * bits  # the first chunk's words, and the next one's
     assert not count(ptx, "st.local")  # the sums stay in registers
 
 
@@ -91,7 +92,7 @@ def test_matvec(capability, bits, group_size, zero, row_tiles, plan, special):
     ptx = to_ptx(kernel, (ROWS, WORDS, WORDS, WORDS, types.int64, ROWS, types.Tuple(())), capability)
     # 4 units, 2 steps and 2 column tiles, and the sums of x
     assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == (16 + 8) * row_tiles
-    assert count(ptx, "ld.global.nc.L1::no_allocate.v4.u32") == 2 * bits  # the first chunk's words, and the next one's
+    assert count(ptx, STREAM) == 2 * bits  # the first chunk's words, and the next one's
     assert count(ptx, "ld.global.v4.u32") == 4 * row_tiles  # x, which may have to wait, is not read through .nc
     assert not count(ptx, "sub.rn.f16x2")  # codes are multiplied as they are
     assert not count(ptx, "st.local")

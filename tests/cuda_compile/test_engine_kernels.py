@@ -68,9 +68,8 @@ SQUARES = (array(F32, 2), array(F32, 2))
 )  # fmt: skip
 def test_dense_products_and_epilogues(capability, epilogue, y, extra):
     kernel = dense.dense_kernel(1 if capability == (9, 0) else 2, epilogue)
-    check(
-        kernel, (array(F16, 2), array(F16, 2), y, together(*extra)), capability, MMA, "ld.global.nc.L1::no_allocate.v4.u32"
-    )
+    signature = array(F16, 2), array(F16, 2), y, together(*extra)
+    check(kernel, signature, capability, MMA, "ld.global.nc.L1::no_allocate.L2::128B.v4.u32")
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])

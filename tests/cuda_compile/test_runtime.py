@@ -97,6 +97,20 @@ def test_a_plan_covers_all_of_y_and_k_and_fits(rows, columns, inner, multiproces
         assert plan.tiles * plan.grid[2] <= matmul.RESIDENT[plan.row_tiles] * multiprocessors
 
 
+@pytest.mark.parametrize("inner,columns", [(4096, 4096), (4096, 22016), (11008, 4096), (28672, 8192), (32, 8), (160, 80000)])
+def test_pieces_cover_a_matrix_once_and_fit(inner, columns):
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
+    from tinygptq.kernels.cuda import dispatch
+
+    found = dispatch.pieces(inner, columns)
+    assert sum(count * depth for _, count, _, depth in found) == inner * columns
+    assert len({(first, k) for first, _, k, _ in found}) == len(found)
+    for first, count, k, depth in found:
+        assert first % 32 == 0 and k % 128 == 0
+        assert first + count <= columns and k + depth <= inner
+        assert 2 * count * depth <= dispatch.DEQUANTISED_BYTES
+
+
 @pytest.mark.parametrize("strips", [1, 9, 128, 344, 688])
 @pytest.mark.parametrize("inner", [32, 4096, 11008])
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])

@@ -27,7 +27,7 @@ def test_products_against_float64(layer, kernel):
             assert relative_error(out.get(), exact_product(x, packed)) <= 2e-3, (rows, dtype)
 
 
-def test_splits_give_the_same_sum_every_time():
+def test_splits_give_the_same_sum_every_time(monkeypatch):
     """K is divided among blocks that run in any order; the order of their sum is fixed all the same."""
     from tinygptq.kernels.cuda import dispatch, matmul
     from tinygptq.kernels.cuda.layout import to_device
@@ -35,12 +35,34 @@ def test_splits_give_the_same_sum_every_time():
 
     rng = fresh_generator()
     packed = random_linear(rng, 4, 128, False, False, 4096, 136)
-    assert matmul.plan(40, 136, 4096, multiprocessors()).grid[2] > 1
     device, x = to_device(packed), cupy().asarray(random_rows(rng, 40, 4096))
-    first = dispatch.linear(x, device, kernel="matmul").get()
-    assert relative_error(first, exact_product(x.get(), packed)) <= 2e-3
-    for _ in range(20):
-        np.testing.assert_array_equal(dispatch.linear(x, device, kernel="matmul").get(), first)
+    exact, found = exact_product(x.get(), packed), matmul.plan(40, 136, 4096, multiprocessors())
+    assert found.grid[2] > 1
+    for each in (found.chunks_each, 3, 5, 9, 16):  # 11, 7, 4 and 2 splits: all remainders of a division by four
+        plan = matmul.Plan(found.row_tiles, (*found.grid[:2], -(-32 // each)), each)
+        monkeypatch.setattr(matmul, "plan", lambda *args, plan=plan: plan)
+        first = dispatch.linear(x, device, kernel="matmul").get()
+        assert relative_error(first, exact) <= 2e-3, each
+        for _ in range(20):
+            np.testing.assert_array_equal(dispatch.linear(x, device, kernel="matmul").get(), first)
+
+
+@pytest.mark.parametrize("inner,columns", [(384, 264), (1408, 136)])
+def test_a_product_in_pieces(inner, columns, monkeypatch):
+    """Weights that are dequantised a few columns, or a few rows, at a time."""
+    from tinygptq.kernels.cuda import dispatch
+    from tinygptq.kernels.cuda.layout import to_device
+    from tinygptq.kernels.cuda.runtime import cupy
+
+    monkeypatch.setattr(dispatch, "DEQUANTISED_BYTES", 80_000)
+    assert len(dispatch.pieces(inner, columns)) > 2
+    rng = fresh_generator()
+    packed = random_linear(rng, 4, 64, False, True, inner, columns, bias=True)
+    x = random_rows(rng, 70, inner)
+    for dtype, bound in ((np.float16, 2e-3), (np.float32, 5e-4)):
+        out = cupy().full((70, columns), np.nan, dtype)
+        dispatch.linear(cupy().asarray(x), to_device(packed), out, kernel="dequantise")
+        assert relative_error(out.get(), exact_product(x, packed)) <= bound
 
 
 def test_infinity_stays_in_its_row():

@@ -11,9 +11,10 @@ import numpy as np
 
 from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.matvec import Epilogue
-from tinygptq.kernels.cuda.ptx import load_16_bytes, load_stream_pieces, mma
+from tinygptq.kernels.cuda.ptx import load_16_bytes, mma
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.steps import begin_dependents, wait_for_dependencies
+from tinygptq.kernels.cuda.streams import load_stream_pieces
 from tinygptq.kernels.cuda.tables import device_function
 
 WARPS = 8

@@ -145,22 +145,40 @@ def _run_matmul(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
 
 def _run_dequantise(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
     (rows, inner), columns = x.shape, layer.out_features
-    step = max(1, DEQUANTISED_BYTES // (2 * COLUMNS * inner)) * COLUMNS
-    for first in range(0, columns, step):
-        count = min(step, columns - first)
-        weight = dequantised(layer, stream, first // COLUMNS, count)
-        here = Part(out, columns, first)
-        cublas().gemm(Part(weight, inner, transposed=True), Part(x, inner), here, (count, rows, inner), stream.ptr)
+    for first, count, k, depth in pieces(inner, columns):
+        weight = dequantised(layer, stream, (first // COLUMNS, count), (k // ROWS, depth))
+        a, b, c = Part(weight, depth, transposed=True), Part(x, inner, k), Part(out, columns, first)
+        cublas().gemm(a, b, c, (count, rows, depth), stream.ptr, beta=float(k > 0))
 
 
-def dequantised(layer: DeviceLinear, stream: Any, first_strip: int = 0, columns: int | None = None) -> Any:
-    """W transposed, float16 [N, K] in the order of the sorted rows, or ``columns`` of it from a strip on; the memory belongs
-    to the next call too."""
-    columns = layer.out_features if columns is None else columns
-    weight = _weight_workspace(columns * layer.in_features).reshape(columns, layer.in_features)
+def pieces(inner: int, columns: int) -> list[tuple[int, int, int, int]]:
+    """(first column, columns, first row, rows) of the parts of W [inner, columns] that are fp16 at a time.
+
+    A wide W is divided by columns. A long and narrow one by rows, their products being added up: half of its columns would
+    be too few tiles for the card.
+    """
+    if inner <= columns:
+        step = max(1, DEQUANTISED_BYTES // (2 * COLUMNS * inner)) * COLUMNS
+        return [(first, min(step, columns - first), 0, inner) for first in range(0, columns, step)]
+    parts = -(-2 * inner * columns // DEQUANTISED_BYTES)
+    step = -(-inner // (ROWS * parts)) * ROWS
+    return [(0, columns, k, min(step, inner - k)) for k in range(0, inner, step)]
+
+
+def dequantised(
+    layer: DeviceLinear, stream: Any, columns: tuple[int, int] | None = None, rows: tuple[int, int] | None = None
+) -> Any:
+    """W transposed, float16 [N, K] in the order of the sorted rows; the memory belongs to the next call too.
+
+    Args: columns: (first strip, number of columns), all by default; rows: (first chunk, number of rows of W), likewise.
+    """
+    first_strip, count = columns or (0, layer.out_features)
+    first_chunk, depth = rows or (0, layer.in_features)
+    weight = _weight_workspace(count * depth).reshape(count, depth)
     kernel = dequantise.dequantise_kernel(layer.bits, layer.group_size, layer.zero, layer.scales.dtype.itemsize == 4)
-    grid, block = dequantise.grid_of(layer.in_features, columns)
-    kernel(grid, block, stream, *_words(layer), layer.scales.shape[1], first_strip, weight)
+    grid, block = dequantise.grid_of(depth, count)
+    where = layer.codes.shape[1], first_strip, first_chunk
+    kernel(grid, block, stream, *_words(layer), layer.scales.shape[1], *where, weight)
     return weight
 
 

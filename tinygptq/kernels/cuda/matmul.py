@@ -32,13 +32,13 @@ from tinygptq.kernels.cuda.ptx import (
     half2_from_floats,
     load_16_bytes,
     load_shared,
-    load_stream_pieces,
     mma,
     mul_half2,
     store_8_bytes,
     store_16_bytes,
 )
 from tinygptq.kernels.cuda.runtime import cuda
+from tinygptq.kernels.cuda.streams import load_stream_pieces
 from tinygptq.kernels.cuda.tables import device_function, table_decoder, table_reader
 from tinygptq.kernels.cuda.unpack import levels
 
@@ -48,6 +48,7 @@ BLOCK_COLUMNS = STRIP * WARPS
 STAGE, STAGES = 64, 4  # k of x in one stage (two units), and how many there is room for
 ROWS_AT_ONCE = THREADS // 4  # rows of x of which the block copies 32 k with one instruction
 RESIDENT = {4: 3, 8: 3}  # row tiles: blocks that fit on a multiprocessor at once
+NO_SUMS = (np.float32(0),) * 4
 SPLIT_COST = 1  # what adding up splits takes, in chunks
 
 
@@ -135,6 +136,7 @@ def matmul_kernel(
         else:
             _leave(total, row_tiles, sums, arrived)
             _add_and_store(row_tiles, wide_out, sums, y, first_row, strip, lane)
+            _count_out(arrived)
 
     return Kernel(fused_matmul, (THREADS, RESIDENT[row_tiles]))
 
@@ -194,11 +196,17 @@ def _leave(total, row_tiles, sums, arrived):
         cuda.atomic.add(arrived, 2 * tile, 1)
         while cuda.atomic.add(arrived, 2 * tile, 0) < cuda.gridDim.z:
             pass
-        if cuda.atomic.add(arrived, 2 * tile + 1, 1) == cuda.gridDim.z - 1:  # the last to see it makes both ready again
-            arrived[2 * tile] = 0
-            arrived[2 * tile + 1] = 0
         cuda.threadfence()
     cuda.syncthreads()
+
+
+@device_function
+def _count_out(arrived):
+    """The last split of a tile that has seen all the others makes the counters ready for the next product."""
+    tile = cuda.blockIdx.y * cuda.gridDim.x + cuda.blockIdx.x
+    if cuda.threadIdx.x == 0 and cuda.atomic.add(arrived, 2 * tile + 1, 1) == cuda.gridDim.z - 1:
+        arrived[2 * tile] = 0
+        arrived[2 * tile + 1] = 0
 
 
 @device_function
@@ -211,11 +219,22 @@ def _add_and_store(row_tiles, wide, sums, y, first_row, strip, lane):
     size = 8 * row_tiles * THREADS
     for j in range(cuda.blockIdx.z, row_tiles, cuda.gridDim.z):
         at = tile * cuda.gridDim.z * size + 8 * j * THREADS + 4 * cuda.threadIdx.x
-        zero = np.float32(0)
-        even, odd = (zero, zero, zero, zero), (zero, zero, zero, zero)
-        for split in range(cuda.gridDim.z):
-            even = _add_bits(even, load_16_bytes(sums, at + split * size))
-            odd = _add_bits(odd, load_16_bytes(sums, at + split * size + 4 * THREADS))
+        even, odd = NO_SUMS, NO_SUMS
+        for split in range(0, cuda.gridDim.z, 4):  # four at a time, so that one latency is waited for and not four
+            last = cuda.gridDim.z - 1
+            at_0, at_1 = at + split * size, at + min(split + 1, last) * size
+            at_2, at_3 = at + min(split + 2, last) * size, at + min(split + 3, last) * size
+            even_0, odd_0 = load_16_bytes(sums, at_0), load_16_bytes(sums, at_0 + 4 * THREADS)
+            even_1, odd_1 = load_16_bytes(sums, at_1), load_16_bytes(sums, at_1 + 4 * THREADS)
+            even_2, odd_2 = load_16_bytes(sums, at_2), load_16_bytes(sums, at_2 + 4 * THREADS)
+            even_3, odd_3 = load_16_bytes(sums, at_3), load_16_bytes(sums, at_3 + 4 * THREADS)
+            even, odd = _add_bits(even, even_0), _add_bits(odd, odd_0)
+            if split + 1 <= last:
+                even, odd = _add_bits(even, even_1), _add_bits(odd, odd_1)
+            if split + 2 <= last:
+                even, odd = _add_bits(even, even_2), _add_bits(odd, odd_2)
+            if split + 3 <= last:
+                even, odd = _add_bits(even, even_3), _add_bits(odd, odd_3)
         row = first_row + 8 * j + 2 * (lane % 4)
         _store_row(y, wide, row, strip, lane, even[0], even[2], odd[0], odd[2])
         _store_row(y, wide, row + 1, strip, lane, even[1], even[3], odd[1], odd[3])

@@ -16,18 +16,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinygptq.kernels.cuda.clusters import cluster_barrier, load_shared_of
 from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.layout import COLUMNS as STRIP
 from tinygptq.kernels.cuda.layout import ROWS as CHUNK
 from tinygptq.kernels.cuda.products import UNIT, leave_sums, run_product
-from tinygptq.kernels.cuda.ptx import (
-    cluster_barrier,
-    load_shared_of,
-    load_stream_pieces,
-    load_written_words,
-)
+from tinygptq.kernels.cuda.ptx import load_written_words
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.steps import begin_dependents, wait_for_dependencies
+from tinygptq.kernels.cuda.streams import load_stream_pieces, load_stream_pieces_if
 from tinygptq.kernels.cuda.tables import device_function, scale_floats, table_reader, zero_floats
 
 PITCH = STRIP + 4  # floats between rows of the sums in shared memory: lanes of a warp fall on different banks
@@ -75,7 +72,8 @@ class Plan:
         width: strips of a block; its warps share them, and x, which the multiprocessor's cache then holds for all of them.
         split: blocks that share K, as one cluster (compute capability 9.0), and add up their sums through shared memory.
         ahead: each warp asks for its next chunk before it multiplies the one in hand.
-        resident: blocks that must fit on a multiprocessor at once, which bounds the registers.
+        resident: blocks that must fit on a multiprocessor at once, which bounds the registers. Where ``ahead`` finds some to
+            spare (one block), the last turn asks for nothing; elsewhere, for the branch, for 16 bytes that nobody uses.
     """
 
     warps: int
@@ -104,7 +102,7 @@ def plan(
         # x is read again by every block: for a long K that is more than the L2 gives, unless two strips share it
         if each == 1 and inner >= 64 * CHUNK and strips % 2 == 0 and capability >= (9, 0):
             return Plan(12, width=2, split=2)
-        return Plan(8, ahead=True) if each == 1 else Plan(4, resident=4) if each <= 3 else Plan(8, resident=2)
+        return Plan(8) if each == 1 else Plan(4, resident=3)
     if each == 1 or bits == 8:
         return Plan(16, ahead=bits in (3, 4))
     ahead = bits == 4 and group_size % CHUNK == 0
@@ -139,8 +137,10 @@ def matvec_kernel(
     """
     warps, width, split = plan.warps, plan.width, plan.split
     rows, step, chunk_words = 8 * row_tiles, warps // width, bits * CHUNK
-    partial_size, ahead, among = warps * rows * PITCH, plan.ahead, row_tiles == 2 and not plan.ahead
-    fetch, fetch_x = _weights_reader(bits, group_size, zero, wide_scales), _x_reader(ragged, row_tiles)
+    partial_size, ahead, spare = warps * rows * PITCH, plan.ahead, plan.resident == 1
+    among = row_tiles == 2 and not ahead
+    fetch, fetch_if = _weights_readers(bits, group_size, zero, wide_scales)
+    fetch_x = _x_reader(ragged, row_tiles)
     leave = leave_sums(row_tiles, PITCH)
     multiply_chunk = _chunk_product(bits, group_size, zero, row_tiles, wide_scales)
     finish = _finisher(rows, plan, epilogue)
@@ -148,7 +148,7 @@ def matvec_kernel(
     no_sums = (np.float32(0),) * rows
 
     def matvec(x, codes, scales, zeros, groups, y, extra):
-        partial = cuda.shared.array(partial_size, np.float32)
+        partial = cuda.shared.array(partial_size, np.float32, alignment=16)
         lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
         tile, rank = cuda.blockIdx.x // split, cuda.blockIdx.x % split
         chunks = (x.shape[1] + CHUNK - 1) // CHUNK
@@ -166,18 +166,19 @@ def matvec_kernel(
             known = read(item // width, width * tile + item % width, lane, y, extra)
         total = no_sums
         for chunk in range(first, last, step):
+            after, more = min(chunk + step, last - 1), chunk + step < last
+            w, s, o = words, scale, offset
+            if ahead and not spare:  # with no branch, which would take registers: at the end all lanes read the same bytes
+                w, s, o = fetch(codes, scales, zeros, codes_at if more else codes_at - 4 * lane, table, after)
             rows_of_x = fetch_x(x, chunk, lane)
-            # The same chunk in both cases. As a sum alone, its loads come to stand among the products, which is faster where
-            # there are 16 rows of x, and registers, to spare; with 8 rows registers run out.
-            after = chunk + step if among else min(chunk + step, last - 1)
-            if ahead:
+            if ahead and spare and more:
                 w, s, o = fetch(codes, scales, zeros, codes_at, table, after)
-                total = multiply_chunk(total, words, scale, offset, rows_of_x)
-                words, scale, offset = w, s, o
-            else:
-                total = multiply_chunk(total, words, scale, offset, rows_of_x)
-                if chunk + step < last:
-                    words, scale, offset = fetch(codes, scales, zeros, codes_at, table, after)
+            total = multiply_chunk(total, words, scale, offset, rows_of_x)
+            words, scale, offset = w, s, o
+            if among:  # with no branch around them, loads come to stand among the products; with 8 rows registers run out
+                words, scale, offset = fetch_if(codes, scales, zeros, codes_at, table, after, more)
+            elif not ahead and more:
+                words, scale, offset = fetch(codes, scales, zeros, codes_at, table, after)
         leave(partial, (warp * rows + 2 * (lane & 3)) * PITCH + 4 * (lane >> 2), total)
         finish(partial, tile, rank, x.shape[0], y, extra, known)
 
@@ -216,9 +217,9 @@ def _finisher(rows, plan, epilogue):
     return finish
 
 
-def _weights_reader(bits, group_size, zero, wide_scales):
-    """Device function: what a lane needs of one chunk's weights."""
-    load_codes, chunk_words = load_stream_pieces(bits), bits * CHUNK
+def _weights_readers(bits, group_size, zero, wide_scales):
+    """Device functions: what a lane needs of one chunk's weights; and the same, but codes only where they are wanted."""
+    load_codes, load_codes_if, chunk_words = load_stream_pieces(bits), load_stream_pieces_if(bits), bits * CHUNK
     fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
 
     @device_function
@@ -227,7 +228,13 @@ def _weights_reader(bits, group_size, zero, wide_scales):
         scale, offset = fetch_tables(scales, zeros, table, chunk)
         return words, scale, offset
 
-    return fetch
+    @device_function
+    def fetch_if(codes, scales, zeros, codes_at, table, chunk, wanted):
+        words = load_codes_if(codes, codes_at + chunk * chunk_words, wanted)
+        scale, offset = fetch_tables(scales, zeros, table, chunk)
+        return words, scale, offset
+
+    return fetch, fetch_if
 
 
 def _x_reader(ragged, row_tiles):

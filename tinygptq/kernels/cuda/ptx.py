@@ -115,29 +115,6 @@ load_shared = _load_four("ld.shared.v4.u32", SHARED)
 """16 bytes of shared memory: ld.shared.v4; from sm_50."""
 
 
-@functools.cache
-def load_stream_pieces(count: int):
-    """The function ``(array, index)`` -> ``4 * count`` uint32: ``count`` times 16 bytes that are read once, 512 bytes apart:
-    ld.global.nc, past L1, in this order and place; from sm_70.
-
-    With ``index`` 16 bytes further for each lane, the warp reads ``512 * count`` bytes in one piece.
-    """
-
-    @intrinsic
-    def load(typingctx, array, index):
-        def generate(context, builder, signature, args):
-            address = _address(context, builder, signature.args[0], *args, GLOBAL)
-            words = []
-            for i in range(count):
-                text = f"ld.global.nc.L1::no_allocate.v4.u32 {{$0, $1, $2, $3}}, [$4 + {512 * i}];"
-                words += _unpack(builder, _assembly(builder, [I32] * 4, text, "=r,=r,=r,=r,l", [address], True))
-            return _pack(builder, words)
-
-        return types.UniTuple(types.uint32, 4 * count)(array, types.int64), generate
-
-    return load
-
-
 @intrinsic
 def float_from_bits(typingctx, word):
     """The float32 whose bits are ``word``; no instruction at all."""
@@ -321,31 +298,3 @@ def bits_from_float(typingctx, number):
         return builder.bitcast(args[0], I32)
 
     return types.uint32(types.float32), generate
-
-
-# Blocks of one cluster
-
-
-@intrinsic
-def cluster_barrier(typingctx):
-    """Wait for all threads of the cluster; what they wrote to shared memory before can be read after: barrier.cluster; from
-    sm_90."""
-
-    def generate(context, builder, signature, args):
-        text = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
-        return _assembly(builder, ir.VoidType(), text, "", [], True)
-
-    return types.void(), generate
-
-
-@intrinsic
-def load_shared_of(typingctx, shared, index, block):
-    """A float32 of another block's shared memory, where ``shared[index]`` lies in this one's: mapa and ld.shared::cluster;
-    from sm_90. ``block`` is its number in the cluster."""
-
-    def generate(context, builder, signature, args):
-        address = _address(context, builder, signature.args[0], *args[:2], SHARED)
-        text = "{.reg .b32 there; mapa.shared::cluster.u32 there, $1, $2; ld.shared::cluster.f32 $0, [there];}"
-        return _assembly(builder, F32, text, "=f,r,r", [address, args[2]], True)
-
-    return types.float32(shared, types.int64, types.int32), generate
