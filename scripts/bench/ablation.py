@@ -1,4 +1,4 @@
-"""What each part of a recipe is worth: one model quantised with the parts added one after another, and `best` without each.
+"""What each part of a recipe is worth: one model quantised with the parts added one after another, and with one part off.
 
     python scripts/bench/ablation.py run MODEL_DIR --calibration TEXT --evaluation wiki=TEXT [other=TEXT ...]
         [--nsamples 32] [--seqlen 512] [--windows 12] [--window 2048] [--branches ...] [--rungs ...] [--device cpu|cuda]
@@ -49,9 +49,9 @@ USED = [part for part in PARTS if getattr(BEST, part) != getattr(NONE, part)]
 LADDER = {"plain": NONE} | {
     PARTS[part]: replace(NONE, **{name: getattr(BEST, name) for name in USED[: i + 1]}) for i, part in enumerate(USED)
 }
-LAST, BEFORE = list(LADDER)[-1], list(LADDER)[-2]  # the first is `best`
-RUNGS = LADDER | {f"best without {part}": replace(BEST, **{part: getattr(NONE, part)}) for part in USED}
-SHORT = ("plain", "shrink (fast)", LAST)  # what is shown of texts of another kind
+LAST = list(LADDER)[-1]  # `best`
+RUNGS = LADDER | {f"{LAST} without {part}": replace(BEST, **{part: getattr(NONE, part)}) for part in USED}
+SHORT = ("plain", "shrink (fast)", *list(LADDER)[-2:])  # what is shown of texts of another kind
 Measure = Callable[[Recipe, tuple], tuple[dict[str, float], float]]
 
 
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> None:
 
 def same_as_before(branch: str, rung: str) -> bool:
     """Whether it is another rung again: files with act-order, for one, are quantised in that order by any recipe."""
-    ordered = BRANCHES[branch][2] and rung in ("act-order", "best without act_order")
-    return ordered or rung == f"best without {USED[-1]}"
+    ordered = BRANCHES[branch][2] and rung in ("act-order", f"{LAST} without act_order")
+    return ordered or rung == f"{LAST} without {USED[-1]}"
 
 
 def config_of(recipe: Recipe, branch: tuple) -> QuantizeConfig:
@@ -156,11 +156,13 @@ def table(args: argparse.Namespace) -> None:
     models: dict[str, dict[str, Any]] = {}
     for path in args.results:
         result = json.loads(path.read_text())
-        joined = models.setdefault(result["model"], {**result, "rows": []})
+        joined = models.setdefault(result["model"], {**result, "rows": [], "device": ""})
+        rungs = ", ".join(map(title, dict.fromkeys(row["rung"] for row in result["rows"])))
+        joined["device"] += f"{result['device']}. " if not joined["rows"] else f"On {result['device']}: {rungs}. "
         joined["rows"] += result["rows"]
     for model, result in models.items():
         protocol = result["protocol"][0].upper() + result["protocol"][1:]
-        print(f"# {model}\n\n{protocol} ({'; '.join(result['texts'])}). {result['device']}.\n")
+        print(f"# {model}\n\n{protocol} ({'; '.join(result['texts'])}). {result['device'].rstrip()}\n")
         for number, text in enumerate(result["unquantised"]):
             originals = originals_of(model, args.reference) if number == 0 else {}
             print_text(result, text, originals, list(LADDER if number == 0 else SHORT))
@@ -188,7 +190,7 @@ def print_times(results: list[dict[str, Any]]) -> None:
     print("# Seconds to quantise main\n\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for result in results:
         seconds = {row["rung"]: row["seconds"] for row in result["rows"]}
-        numbers = " | ".join(f"{seconds[rung]:.2f}" for rung in SHORT)
+        numbers = " | ".join(f"{seconds[rung]:.2f}" if rung in seconds else "" for rung in SHORT)
         print(f"| {result['model']} | {result['device']} | {numbers} |")
 
 
@@ -196,9 +198,8 @@ def cells(result: dict[str, Any], text: str) -> dict[tuple[str, str], float]:
     """Perplexities by branch and rung; what is the same as another rung stands under both."""
     found = {(row["branch"], row["rung"]): row["perplexity"][text] for row in result["rows"]}
     for branch in BRANCHES:
-        for same, other in (("act-order", "clip"), (f"best without {USED[-1]}", BEFORE)):
-            if same_as_before(branch, same) and (branch, other) in found:
-                found[branch, same] = found[branch, other]
+        if same_as_before(branch, "act-order") and (branch, "clip") in found:
+            found[branch, "act-order"] = found[branch, "clip"]
     return found
 
 
@@ -206,12 +207,12 @@ def print_text(result: dict[str, Any], text: str, originals: dict[tuple, float],
     found, unquantised = cells(result, text), result["unquantised"][text]
     rungs = [rung for rung in rungs if any((branch, rung) in found for branch in BRANCHES)]
     print(f"## Perplexity on {text}; unquantised {unquantised:.3f}\n")
-    heads = ["branch", *map(title, rungs), *(["original GPTQ", "of its loss `best` removes"] if originals else [])]
+    heads = ["branch", *map(title, rungs)] + (["original GPTQ", f"of its loss removed by {rungs[-1]}"] if originals else [])
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for branch, key in BRANCHES.items():
         numbers = [f"{found[branch, rung]:.3f}" if (branch, rung) in found else "" for rung in rungs]
         if originals:
-            original, best = originals.get(key), found.get((branch, LAST))
+            original, best = originals.get(key), found.get((branch, rungs[-1]))
             numbers.append(f"{original:.3f}" if original else "")
             numbers.append(f"{100 * (original - best) / (original - unquantised):.0f} %" if original and best else "")
         if any((branch, rung) in found for rung in rungs):
@@ -220,17 +221,21 @@ def print_text(result: dict[str, Any], text: str, originals: dict[tuple, float],
 
 
 def print_without(result: dict[str, Any]) -> None:
+    """For every rung of which it was measured what it is without one of its parts."""
     text = next(iter(result["unquantised"]))
-    found, parts = cells(result, text), [f"best without {part}" for part in USED]
-    branches = [branch for branch in BRANCHES if any((branch, part) in found for part in parts[:-1])]
-    if not branches:
-        return
-    print(f"## `best` with one part off, perplexity on {text}\n")
-    print("| branch | best | " + " | ".join(f"no {part}" for part in USED) + " |\n|" + "---|" * (len(USED) + 2))
-    for branch in branches:
-        numbers = (f"{found[branch, rung]:.3f}" if (branch, rung) in found else "" for rung in [LAST, *parts])
-        print(f"| {branch} | " + " | ".join(numbers) + " |")
-    print()
+    found = cells(result, text)
+    for i, top in enumerate(list(LADDER)[1:]):
+        parts = [f"{top} without {part}" for part in USED[: i + 1]]
+        branches = [branch for branch in BRANCHES if any((branch, part) in found for part in parts)]
+        if not branches:
+            continue
+        heads = ["branch", title(top), *(f"no {part}" for part in USED[: i + 1])]
+        print(f"## One part off, perplexity on {text}\n\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+        for branch in branches:
+            found[branch, parts[-1]] = found[branch, list(LADDER)[i]]
+            numbers = (f"{found[branch, rung]:.3f}" if (branch, rung) in found else "" for rung in [top, *parts])
+            print(f"| {branch} | " + " | ".join(numbers) + " |")
+        print()
 
 
 def main() -> None:
