@@ -31,8 +31,9 @@ coverage: $(VENV)/.dev ## quick's tests, and which lines of the package they run
 bench: $(VENV)/.test $(VENV)/.cuda ## the quantised product on this machine's GPU beside cuBLAS; other measurements: scripts/bench
 	$(BIN)/python scripts/bench/matmul.py $(ARGS)
 
-lint: $(VENV)/.dev ## ruff over everything
+lint: $(VENV)/.dev ## ruff over everything: its rules, then its layout
 	$(BIN)/ruff check . $(ARGS)
+	$(BIN)/ruff format --check .
 
 format: $(VENV)/.dev ## ruff's formatter over the files in ARGS, or over everything
 	$(BIN)/ruff format $(or $(ARGS),.)

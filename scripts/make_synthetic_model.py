@@ -24,10 +24,10 @@ from tqdm import tqdm
 from tinygptq.branches import BRANCHES
 from tinygptq.config import LlamaConfig, QuantizeConfig, read_json
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import copy_companions, new_folder, require_packable, tensor_layout, write_json
-from tinygptq.facts import made_by
+from tinygptq.folders.export import copy_companions, new_folder, require_packable, tensor_layout, write_json
+from tinygptq.folders.tensorfile import TensorFileWriter
 from tinygptq.packing import pack
-from tinygptq.tensorfile import TensorFileWriter
+from tinygptq.release.facts import made_by
 
 LLAMA_7B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 32001,
@@ -66,7 +66,7 @@ def write_model(
 
 
 def random_tensor(name: str, shape: tuple[int, ...], quantization: QuantizeConfig, seed: int) -> np.ndarray:
-    """One tensor of :func:`tinygptq.export.tensor_layout`, of the dtype and shape given there."""
+    """One tensor of :func:`tinygptq.folders.export.tensor_layout`, of the dtype and shape given there."""
     owner, _, part = name.rpartition(".")
     rng = generator(seed, name)
     if part == "qweight":

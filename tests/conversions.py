@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from helpers import random_llama_folder, random_solutions, save_byte_tokenizer, save_safetensors, write_quantized
 
-from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.cli import main
 from tinygptq.config import QuantizeConfig
+from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
+from tinygptq.folders.tensorfile import TensorFile
 from tinygptq.gptq import Solution
 from tinygptq.packing import unpack
-from tinygptq.tensorfile import TensorFile
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 ASYM = QuantizeConfig(group_size=32, sym=False)

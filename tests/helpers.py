@@ -11,11 +11,11 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import QuantizeConfig
-from tinygptq.export import QuantizedFolderWriter, new_folder
+from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
+from tinygptq.folders.export import QuantizedFolderWriter, new_folder
 from tinygptq.gptq import Hessian, Solution, solve
-from tinygptq.quantize_report import LOG_NAME
+from tinygptq.quantization.report import LOG_NAME
 
 FLOAT_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 

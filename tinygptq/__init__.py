@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tinygptq.config import LlamaConfig, QuantizeConfig
     from tinygptq.errors import TinyGPTQError
     from tinygptq.language_model import LanguageModel, load
-    from tinygptq.quantization import quantize
+    from tinygptq.quantization.run import quantize
     from tinygptq.text_generation import pipeline
 
 __version__ = "0.1.0"
@@ -28,7 +28,7 @@ _HOMES = {
     "TinyGPTQError": "errors",
     "load": "language_model",
     "pipeline": "text_generation",
-    "quantize": "quantization",
+    "quantize": "quantization.run",
 }
 __all__ = ["LanguageModel", "LlamaConfig", "QuantizeConfig", "TinyGPTQError", "load", "pipeline", "quantize"]
 

@@ -49,12 +49,21 @@ class NamedSet:
 
 NAMED_SETS = {
     "wikitext2": NamedSet("Salesforce/wikitext", ("train", "validation", "test"), "wikitext-2-raw-v1", column="text"),
-    "c4": NamedSet("allenai/c4", ("train", "validation"), column="text", in_order=False,
-                   data_files={"train": "en/c4-train.00000-of-01024.json.gz",
-                               "validation": "en/c4-validation.00000-of-00008.json.gz"}),
+    "c4": NamedSet(
+        "allenai/c4",
+        ("train", "validation"),
+        column="text",
+        in_order=False,
+        data_files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
+    ),
     # the set's own loading script no longer runs; the hub keeps its tables converted under this revision
-    "ptb": NamedSet("ptb-text-only/ptb_text_only", ("train", "validation", "test"), "penn_treebank",
-                    revision="refs/convert/parquet", column="sentence"),
+    "ptb": NamedSet(
+        "ptb-text-only/ptb_text_only",
+        ("train", "validation", "test"),
+        "penn_treebank",
+        revision="refs/convert/parquet",
+        column="sentence",
+    ),
     "databricks-dolly-15k": NamedSet("databricks/databricks-dolly-15k", ("train",), in_order=False),
     "oasst1": NamedSet("OpenAssistant/oasst1", ("train", "validation"), in_order=False),
     "CodeAlpaca-20k": NamedSet("sahil2801/CodeAlpaca-20k", ("train",), in_order=False),
@@ -95,8 +104,9 @@ def parse_dataset(text: str | Path) -> DatasetSpec:
     return DatasetSpec(path=path)
 
 
-def calibration_windows(dataset: str | Path, tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int = 0,
-                        template: str = "tulu") -> np.ndarray:
+def calibration_windows(
+    dataset: str | Path, tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int = 0, template: str = "tulu"
+) -> np.ndarray:
     """Token ids to calibrate with: int32 [nsamples, seqlen].
 
     dataset: FILE.txt, FILE.jsonl (a text; prompt and response; instruction, input and output; or messages in each
@@ -114,7 +124,7 @@ def calibration_windows(dataset: str | Path, tokenizer: Tokenizer, nsamples: int
     if spec.path:
         ids = _encode_start(tokenizer, _file_text(spec.path, writer), nsamples * seqlen)
         _check_enough(spec, len(ids), nsamples, seqlen)
-        return ids[:nsamples * seqlen].reshape(nsamples, seqlen)
+        return ids[: nsamples * seqlen].reshape(nsamples, seqlen)
     rng = np.random.default_rng(seed)
     ids = _set_tokens(spec, tokenizer, writer, nsamples * seqlen, rng)
     _check_enough(spec, len(ids), nsamples, seqlen)
@@ -135,8 +145,13 @@ class Published:
 PUBLISHED = {
     "wikitext2": Published("WikiText-2's raw test split, rows joined by blank lines", "test", "\n\n"),
     "ptb": Published("Penn Treebank's test split, sentences joined by spaces", "test", " "),
-    "c4": Published("the first 1,100 documents of C4's validation split, joined by spaces; 256 windows", "validation", " ",
-                    rows=1100, windows=256),
+    "c4": Published(
+        "the first 1,100 documents of C4's validation split, joined by spaces; 256 windows",
+        "validation",
+        " ",
+        rows=1100,
+        windows=256,
+    ),
 }
 
 
@@ -194,8 +209,9 @@ def _check_enough(spec: DatasetSpec, tokens: int, nsamples: int, seqlen: int) ->
     fits = [f"--nsamples {tokens // seqlen}"] if tokens >= seqlen else []
     fits += [f"--seqlen {tokens // nsamples}"] if tokens // nsamples >= 2 else []
     wanted = f"{nsamples} windows of {seqlen} need" if nsamples > 1 else f"1 window of {seqlen} needs"
-    raise TinyGPTQError(f"{found}; {wanted} {nsamples * seqlen} tokens: "
-                        + (f"{' or '.join(fits)} would fit" if fits else "give more text"))
+    raise TinyGPTQError(
+        f"{found}; {wanted} {nsamples * seqlen} tokens: " + (f"{' or '.join(fits)} would fit" if fits else "give more text")
+    )
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -248,12 +264,13 @@ class _Writer:
                 prompt, reply = (_string(record, name, where) for name in fields)
                 context = next((_string(record, name, where) for name in ("input", "context") if record.get(name)), "")
                 prompt = f"{prompt}\n\n{context}" if context.strip() else prompt
-                return self.conversation([{"role": "user", "content": prompt},
-                                          {"role": "assistant", "content": reply}])
+                return self.conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}])
         if "text" in record:
             return _string(record, "text", where) + "\n\n"
-        raise TinyGPTQError(f"{where}: found the fields {', '.join(map(str, record)) or '(none)'}; expected text, or "
-                            "prompt and response, or instruction, input and output, or messages")
+        raise TinyGPTQError(
+            f"{where}: found the fields {', '.join(map(str, record)) or '(none)'}; expected text, or "
+            "prompt and response, or instruction, input and output, or messages"
+        )
 
 
 def _string(record: dict, name: str, where: str) -> str:
@@ -263,8 +280,13 @@ def _string(record: dict, name: str, where: str) -> str:
 
 
 def _messages(messages: Any, where: str) -> list[Message]:
-    wanted = isinstance(messages, list) and messages and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
+    wanted = (
+        isinstance(messages, list)
+        and messages
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        )
+    )
     if not wanted:
         raise TinyGPTQError(f"{where}: the field 'messages' should be a list of objects with role and content")
     return messages
@@ -312,8 +334,9 @@ def _load(spec: DatasetSpec) -> Any:
     try:
         import datasets
     except ImportError:
-        raise TinyGPTQError(f"dataset {spec.name} needs the package datasets (pip install tinygptq[data]); "
-                            f"{ALTERNATIVE}") from None
+        raise TinyGPTQError(
+            f"dataset {spec.name} needs the package datasets (pip install tinygptq[data]); {ALTERNATIVE}"
+        ) from None
     options: dict[str, Any] = {"revision": entry.revision} if entry.revision else {}
     if entry.data_files:  # only the one file that is used, not the whole set
         options["data_files"] = {spec.split: entry.data_files[spec.split]}
@@ -324,22 +347,21 @@ def _load(spec: DatasetSpec) -> Any:
         return datasets.load_dataset(entry.path, *filter(None, [entry.config]), split=spec.split, **options)
     except Exception as error:  # whatever the network, the hub or a cache raises: the answer is the same
         first = (str(error).splitlines() or [""])[0]
-        raise TinyGPTQError(f"dataset {spec} cannot be loaded ({type(error).__name__}: {first}); "
-                            f"{ALTERNATIVE}") from None
+        raise TinyGPTQError(f"dataset {spec} cannot be loaded ({type(error).__name__}: {first}); {ALTERNATIVE}") from None
     finally:
         hub_log.setLevel(level)
 
 
-def _set_tokens(spec: DatasetSpec, tokenizer: Tokenizer, writer: _Writer, needed: int,
-                rng: np.random.Generator) -> np.ndarray:
+def _set_tokens(
+    spec: DatasetSpec, tokenizer: Tokenizer, writer: _Writer, needed: int, rng: np.random.Generator
+) -> np.ndarray:
     """One stream of ids [n] of a named set; of documents, a random choice of STREAM_FACTOR times what is needed."""
     entry, rows = spec.entry, _load(spec)
     try:
         if entry.in_order:
             return _encode(tokenizer, "\n\n".join(rows[entry.column]))  # as the GPTQ paper's code joins them
         documents = conversations(rows) if spec.name == "oasst1" else rows
-        texts = (_document(documents[int(i)], entry, writer, f"{spec} row {i}")
-                 for i in rng.permutation(len(documents)))
+        texts = (_document(documents[int(i)], entry, writer, f"{spec} row {i}") for i in rng.permutation(len(documents)))
         return _document_tokens(texts, tokenizer, STREAM_FACTOR * needed)
     except KeyError as error:
         raise _schema_changed(spec, error) from None

@@ -55,7 +55,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    from tinygptq.quantization import quantize
+    from tinygptq.quantization.run import quantize
 
     report = quantize(
         args.src,
@@ -149,20 +149,34 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     add("--damp-percent", type=float, default=default.damp_percent, metavar="F", help="damping (default: %(default)s)")
     add("--static-groups", action="store_true", help="scales from the uncorrected weights")
     add("--no-true-sequential", action="store_true", help="calibrate a whole block on its unquantised self")
-    add("--dataset", default="wikitext2", metavar="NAME|FILE", help="wikitext2[:split], c4, ptb, databricks-dolly-15k, "
-        "oasst1, CodeAlpaca-20k, or a .txt or .jsonl file (default: %(default)s)")
+    add(
+        "--dataset",
+        default="wikitext2",
+        metavar="NAME|FILE",
+        help="wikitext2[:split], c4, ptb, databricks-dolly-15k, "
+        "oasst1, CodeAlpaca-20k, or a .txt or .jsonl file (default: %(default)s)",
+    )
     add("--nsamples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
     add("--seqlen", type=int, default=2048, metavar="N", help="tokens in each (default: %(default)s)")
     add("--seed", type=int, default=0, help="which windows of a named set (default: %(default)s)")
     add("--template", default="tulu", choices=sorted(TEMPLATES), help="prompt template of instruction sets (tulu)")
     add("--method", default="gptq", choices=("gptq", "rtn"), help="rtn rounds to nearest, without calibration")
-    add("--recipe", default="fast", choices=tuple(RECIPES), help="plain is the paper's algorithm; fast searches each "
+    add(
+        "--recipe",
+        default="fast",
+        choices=tuple(RECIPES),
+        help="plain is the paper's algorithm; fast searches each "
         "group's scale and quantises the most important columns first; best also makes up for what earlier linears "
         "changed and for other outputs' errors, and moves scales and codes once more, in three to four times the time "
-        "(default: %(default)s)")
+        "(default: %(default)s)",
+    )
     add("--checkpoint-format", default="gptq", choices=("gptq", "gptq_v2"), help="how zero points are stored (gptq)")
-    add("--resume", action="store_true", help="continue an earlier run that was cut off, at the block it had reached; "
-        "also keep what this one has done if an error or Ctrl-C stops it (one that is killed can be continued in any case)")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue an earlier run that was cut off, at the block it had reached; "
+        "also keep what this one has done if an error or Ctrl-C stops it (one that is killed can be continued in any case)",
+    )
     add("--report", metavar="FILE.png", help="draw every linear's error, beside that of rounding to nearest ([plot])")
     add_json(parser)
     add_device(parser, choices=("cpu", "cuda"))

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.config import QuantizeConfig
-from tinygptq.export import tensor_layout
+from tinygptq.folders.checkpoint import load_checkpoint
+from tinygptq.folders.export import tensor_layout
 from tinygptq.language_model import load
-from tinygptq.quantization import quantize
+from tinygptq.quantization.run import quantize
 
 EMBEDDED = Path(__file__).parent / "assets" / "storyteller"
 GROUP_SIZE, NSAMPLES, SEQLEN, WINDOWS = 64, 32, 256, 32
@@ -106,8 +106,11 @@ def linear_bytes(config: QuantizeConfig | None) -> int:
         return sum(2 * linear.in_features * linear.out_features for linear in model.weights.linears.values())
     layout = tensor_layout(model.config, config)
     parts = ("qweight", "qzeros", "scales", "g_idx")
-    return sum(dtype.itemsize * shape[0] * (shape[1] if len(shape) > 1 else 1)
-               for name, (dtype, shape) in layout.items() if name.rpartition(".")[2] in parts)
+    return sum(
+        dtype.itemsize * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        for name, (dtype, shape) in layout.items()
+        if name.rpartition(".")[2] in parts
+    )
 
 
 def tell(folder: Path, seed: int) -> None:

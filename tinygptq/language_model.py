@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinygptq import evaluate
-from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import GenerationConfig
 from tinygptq.errors import TinyGPTQError
+from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.generate import PrefixEngine, StoppedText, StopStrings, generate_batch, generate_ids
-from tinygptq.hub import resolve
+from tinygptq.measure import evaluate
+from tinygptq.measure.scoring import LogLikelihood, Scorer, encode_pair
 from tinygptq.ops import to_numpy
+from tinygptq.release.hub import resolve
 from tinygptq.sampling import Sampler, SamplingParams
-from tinygptq.scoring import LogLikelihood, Scorer, encode_pair
 from tinygptq.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class LanguageModel:
     def perplexity(
         self, text: str, seqlen: int = 2048, max_windows: int | None = None, stride: int | None = None
     ) -> evaluate.Perplexity:
-        """Perplexity of a text in windows, without overlap or strided; see :func:`tinygptq.evaluate.perplexity`."""
+        """Perplexity of a text in windows, without overlap or strided; see :func:`tinygptq.measure.evaluate.perplexity`."""
         ids = np.asarray(self.tokenizer.encode(text), np.int64)
         return evaluate.perplexity(self.engine.model, ids, seqlen, max_windows, stride)
 

@@ -29,23 +29,37 @@ class Template:
 
 TEMPLATES = {
     # Tulu (open-instruct): the last newline of the prompt matters, the model was trained with it.
-    "tulu": Template(user="<|user|>\n{prompt}\n<|assistant|>\n", reply="{reply}{eos}\n",
-                     system="<|system|>\n{system}\n"),
+    "tulu": Template(user="<|user|>\n{prompt}\n<|assistant|>\n", reply="{reply}{eos}\n", system="<|system|>\n{system}\n"),
     # Stanford Alpaca
-    "alpaca": Template(user="### Instruction:\n{prompt}\n\n### Response:", reply="{reply}{eos}\n\n",
-                       system="{system}\n\n",
-                       default_system="Below is an instruction that describes a task. "
-                                      "Write a response that appropriately completes the request."),
-    "chatml": Template(user="<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
-                       reply="{reply}<|im_end|>\n", system="<|im_start|>system\n{system}<|im_end|>\n"),
+    "alpaca": Template(
+        user="### Instruction:\n{prompt}\n\n### Response:",
+        reply="{reply}{eos}\n\n",
+        system="{system}\n\n",
+        default_system="Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.",
+    ),
+    "chatml": Template(
+        user="<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
+        reply="{reply}<|im_end|>\n",
+        system="<|im_start|>system\n{system}<|im_end|>\n",
+    ),
     # Llama 2's reference code: the system message stands inside the first user turn.
-    "llama-2-chat": Template(user="{prompt} [/INST]", reply=" {reply} {eos}",
-                             system="<<SYS>>\n{system}\n<</SYS>>\n\n", open="[INST] ", between="{bos}"),
+    "llama-2-chat": Template(
+        user="{prompt} [/INST]",
+        reply=" {reply} {eos}",
+        system="<<SYS>>\n{system}\n<</SYS>>\n\n",
+        open="[INST] ",
+        between="{bos}",
+    ),
     # Vicuna 1.1 (FastChat)
-    "vicuna": Template(user="USER: {prompt} ASSISTANT:", reply=" {reply}{eos}", system="{system} ",
-                       default_system="A chat between a curious user and an artificial intelligence assistant. "
-                                      "The assistant gives helpful, detailed, and polite answers to the user's "
-                                      "questions."),
+    "vicuna": Template(
+        user="USER: {prompt} ASSISTANT:",
+        reply=" {reply}{eos}",
+        system="{system} ",
+        default_system="A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's "
+        "questions.",
+    ),
     "none": Template(user="{prompt}", reply="\n{reply}\n\n", system="{system}\n\n"),
 }
 
@@ -74,8 +88,9 @@ def render_conversation(name: str, messages: Sequence[Message], bos: str = "", e
     for i, message in enumerate(messages):
         expected = ("user", "assistant")[i % 2]
         if message["role"] != expected:
-            raise TinyGPTQError(f"message {i + 1} of a conversation should be the {expected}'s, "
-                                f"found role {message['role']!r}")
+            raise TinyGPTQError(
+                f"message {i + 1} of a conversation should be the {expected}'s, found role {message['role']!r}"
+            )
         if expected == "user":
             text += template.between.format(bos=bos) if i else ""
             text += template.open + ("" if i else _system(template, system))
@@ -90,8 +105,13 @@ def _system(template: Template, system: str | None) -> str:
     return template.system.format(system=system) if system else ""
 
 
-def render_chat(template_text: str, messages: Sequence[Message], bos_token: str = "", eos_token: str = "",
-                add_generation_prompt: bool = True) -> str:
+def render_chat(
+    template_text: str,
+    messages: Sequence[Message],
+    bos_token: str = "",
+    eos_token: str = "",
+    add_generation_prompt: bool = True,
+) -> str:
     """Render a model folder's own chat template (Jinja) in a sandbox: the text comes from strangers.
 
     Sees what transformers gives such a template: messages, bos_token, eos_token, add_generation_prompt,
@@ -106,13 +126,12 @@ def render_chat(template_text: str, messages: Sequence[Message], bos_token: str 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals.update(raise_exception=raise_exception, strftime_now=_strftime_now)
     try:
         return environment.from_string(template_text).render(
-            messages=list(messages), bos_token=bos_token, eos_token=eos_token,
-            add_generation_prompt=add_generation_prompt)
+            messages=list(messages), bos_token=bos_token, eos_token=eos_token, add_generation_prompt=add_generation_prompt
+        )
     except (TemplateError, TypeError, ValueError, KeyError, RecursionError, OverflowError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise TinyGPTQError(f"the folder's chat template cannot be used: {first}") from None

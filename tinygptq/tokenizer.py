@@ -71,8 +71,9 @@ class Tokenizer(ABC):
         rules = FolderRules.read(folder)
         prefers_fast = fast.is_file() and rules.tokenizer_class in FAST_ONLY
         if prefers_fast and model.is_file() and importlib.util.find_spec("tokenizers") is None:
-            log.warning("%s asks for tokenizer.json, which needs pip install tinygptq[hf]; reading tokenizer.model "
-                        "instead", folder)
+            log.warning(
+                "%s asks for tokenizer.json, which needs pip install tinygptq[hf]; reading tokenizer.model instead", folder
+            )
             prefers_fast = False
         if model.is_file() and not prefers_fast:
             return SentencePieceTokenizer(model, rules)
@@ -300,8 +301,9 @@ class JsonTokenizer(Tokenizer):
         for token in self._rules.added:
             if token.content in present:
                 continue
-            new = added_token(token.content, special=token.special, normalized=False,
-                              lstrip=token.lstrip, rstrip=token.rstrip)
+            new = added_token(
+                token.content, special=token.special, normalized=False, lstrip=token.lstrip, rstrip=token.rstrip
+            )
             (self._tokenizer.add_special_tokens if token.special else self._tokenizer.add_tokens)([new])
             id = self._tokenizer.token_to_id(token.content)
             if token.id is not None and id != token.id:
@@ -313,11 +315,13 @@ class JsonTokenizer(Tokenizer):
         self._alphabet = byte_level_alphabet() if "ByteLevel" in kinds else None
         self._byte_fallback = "ByteFallback" in kinds
         if self._alphabet is None and not kinds.keys() & {"Replace", "Metaspace", "ByteFallback"}:
-            raise TinyGPTQError(f"{path}: decoder {sorted(map(str, kinds)) or 'none'} is not known "
-                                "(ByteLevel and LLaMA's byte fallback are)")
+            raise TinyGPTQError(
+                f"{path}: decoder {sorted(map(str, kinds)) or 'none'} is not known (ByteLevel and LLaMA's byte fallback are)"
+            )
         metaspace = kinds.get("Metaspace", {"prepend_scheme": "never"})
         self.strips_space = self._alphabet is None and (
-            "Strip" in kinds or metaspace.get("prepend_scheme", "always") != "never")
+            "Strip" in kinds or metaspace.get("prepend_scheme", "always") != "never"
+        )
         self.utf8_errors = "replace" if self._alphabet else ONE_MARK_A_BYTE
 
     def _named_id(self, name: str) -> int | None:

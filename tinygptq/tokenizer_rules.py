@@ -43,8 +43,10 @@ class FolderRules:
     @classmethod
     def read(cls, folder: Path) -> FolderRules:
         """Read the rules of a folder; files that are not there say nothing, files that are broken are an error."""
-        raw = {name: read_json(folder / name) if (folder / name).is_file() else {}
-               for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")}
+        raw = {
+            name: read_json(folder / name) if (folder / name).is_file() else {}
+            for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        }
         config, special_map = raw["tokenizer_config.json"], raw["special_tokens_map.json"]
         named = {}
         for name in NAMED_TOKENS:
@@ -83,8 +85,13 @@ def _token(value: object, where: str, id: int | None = None, special: bool = Tru
         raise TinyGPTQError(f"{where} should be a token's text, found {value!r}")
     if not value["content"]:
         return None
-    return AddedToken(value["content"], id, bool(value.get("special", special)),
-                      bool(value.get("lstrip", False)), bool(value.get("rstrip", False)))
+    return AddedToken(
+        value["content"],
+        id,
+        bool(value.get("special", special)),
+        bool(value.get("lstrip", False)),
+        bool(value.get("rstrip", False)),
+    )
 
 
 def _added_tokens(folder: Path, decoder: dict, ids: dict, specials: list[AddedToken]) -> tuple[AddedToken, ...]:
@@ -116,6 +123,5 @@ def _chat_template(folder: Path, config: dict) -> str | None:
     if isinstance(value, list):
         value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}.get("default")
     if value is not None and not isinstance(value, str):
-        raise TinyGPTQError(f"{folder}/tokenizer_config.json: 'chat_template' should be text, "
-                            f"found {type(value).__name__}")
+        raise TinyGPTQError(f"{folder}/tokenizer_config.json: 'chat_template' should be text, found {type(value).__name__}")
     return value

@@ -1,5 +1,5 @@
 """Tables of bytes, computed when the site is built as `tinygptq size` does, from configurations alone: files by
-tinygptq.sizes, a GPU's memory by tinygptq.cuda.memory.
+tinygptq.folders.sizes, a GPU's memory by tinygptq.cuda.memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import cache
 from tinygptq.branches import BRANCHES
 from tinygptq.config import LlamaConfig, QuantizeConfig
 from tinygptq.cuda.memory import predict
-from tinygptq.sizes import sizes
+from tinygptq.folders.sizes import sizes
 
 CARDS = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GB, decimal, as cards are sold
 SPARE = 0.6  # GB for what the prediction leaves out: the CUDA context and the compiled kernels

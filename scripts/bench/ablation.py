@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 
 from tinygptq.calibrate import calibration_windows
-from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import RECIPES, QuantizeConfig, Recipe
-from tinygptq.evaluate import perplexity
-from tinygptq.quantization import fast_model, quantize_blocks
+from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
+from tinygptq.measure.evaluate import perplexity
+from tinygptq.quantization.blocks import quantize_blocks
+from tinygptq.quantization.placement import fast_model
 from tinygptq.tokenizer import Tokenizer
 
 BRANCHES = {  # bits, group size, act-order: the six published permutations, and two narrower ones
@@ -110,7 +111,7 @@ def on_card(source: Checkpoint, calibration: np.ndarray, windows: dict[str, np.n
     from quantise_devices import dense_on_card
     from quantise_devices import perplexity as perplexity_there
 
-    from tinygptq.placement_cuda import Card
+    from tinygptq.quantization.placement_cuda import Card
     from tinygptq.weights import DenseLinear
 
     def perplexities(linears: dict) -> dict[str, float]:

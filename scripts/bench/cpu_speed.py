@@ -30,8 +30,8 @@ class TinyGPTQ:
     """The engine of this package; ``source`` is a folder."""
 
     def __init__(self, source: str, threads: int) -> None:
-        from tinygptq.checkpoint import load_checkpoint
         from tinygptq.engine import CpuEngine
+        from tinygptq.folders.checkpoint import load_checkpoint
 
         checkpoint = load_checkpoint(source)
         self.engine = CpuEngine(checkpoint.config, checkpoint.weights, context=1024)

@@ -21,10 +21,11 @@ import numba
 import numpy as np
 
 from tinygptq import __version__
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.config import RECIPES, QuantizeConfig
-from tinygptq.evaluate import perplexity
-from tinygptq.quantization import fast_model, quantize_blocks
+from tinygptq.folders.checkpoint import load_checkpoint
+from tinygptq.measure.evaluate import perplexity
+from tinygptq.quantization.blocks import quantize_blocks
+from tinygptq.quantization.placement import fast_model
 
 
 def main() -> None:

@@ -27,15 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from tinygptq import quantization
 from tinygptq.branches import BRANCHES
-from tinygptq.checkpoint import linear_names, norm_names
 from tinygptq.config import RECIPES, LlamaConfig, QuantizeConfig
-from tinygptq.export import new_folder, write_json
-from tinygptq.facts import made_by
+from tinygptq.folders.checkpoint import linear_names, norm_names
+from tinygptq.folders.export import new_folder, write_json
+from tinygptq.folders.tensorfile import TensorFileWriter
 from tinygptq.kernels.cuda.runtime import cupy
-from tinygptq.resume import place_of
-from tinygptq.tensorfile import TensorFileWriter
+from tinygptq.quantization import run as quantizing
+from tinygptq.quantization.resume import place_of
+from tinygptq.release.facts import made_by
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from make_synthetic_model import LLAMA_7B
@@ -72,10 +72,10 @@ def run_one(model: Path, out: Path, branch: str, recipe: str, samples: int, toke
         return words.astype(np.int64), made_by()
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    quantization._calibration = random_windows
+    quantizing._calibration = random_windows
     config = QuantizeConfig(**{**vars(BRANCHES[branch]), "recipe": RECIPES[recipe]})
     with LeastFree() as memory:
-        report = quantization.quantize(model, out, config, dataset="random", device="cuda", resume=resume)
+        report = quantizing.quantize(model, out, config, dataset="random", device="cuda", resume=resume)
     ratio = float(np.mean([linear.loss_over_rtn for linear in report.linears]))
     facts = {"seconds": report.seconds, "stages": report.stages, "device_peak": memory.used, "loss_over_rtn": ratio}
     facts |= {"device_peak_pool": memory.pool, "device_peak_arrays": memory.arrays}

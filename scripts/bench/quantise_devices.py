@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 from quantise_7b import facts_of_machine
 
-from tinygptq import placement_cuda
 from tinygptq.branches import BRANCHES
-from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.config import QuantizeConfig
+from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.gptq import Hessian
 from tinygptq.kernels.cuda import calibration
 from tinygptq.kernels.cuda.cublas import cublas
@@ -32,9 +31,10 @@ from tinygptq.kernels.cuda.hessian import HalfHessian
 from tinygptq.kernels.cuda.runtime import cupy
 from tinygptq.model import Llama
 from tinygptq.ops import to_numpy
-from tinygptq.placement import Host
-from tinygptq.placement_cuda import Card, on_card
-from tinygptq.quantization import quantize_blocks
+from tinygptq.quantization import placement_cuda
+from tinygptq.quantization.blocks import quantize_blocks
+from tinygptq.quantization.placement import Host
+from tinygptq.quantization.placement_cuda import Card, on_card
 from tinygptq.weights import DenseLinear, Weights
 
 FIRST = [f"model.layers.0.self_attn.{part}_proj" for part in ("q", "k", "v", "o")]

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import tinygptq
-from tinygptq.scoring import Request, Scorer
+from tinygptq.measure.scoring import Request, Scorer
 from tinygptq.threads import count
 
 

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 import tinygptq
 from tinygptq.calibrate import evaluation_text
-from tinygptq.evaluate import perplexity
+from tinygptq.measure.evaluate import perplexity
 
 SEQLEN = 2048
 

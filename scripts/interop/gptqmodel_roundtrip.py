@@ -43,7 +43,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import tinygptq
 from tinygptq.branches import BRANCHES
-from tinygptq.checkpoint import load_checkpoint
+from tinygptq.folders.checkpoint import load_checkpoint
 from tinygptq.packing import PackedLinear
 
 WIDTHS = dict(hidden_size=256, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)

@@ -17,9 +17,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-QUOTES = str.maketrans(
-    {"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "`": "'", "\u00b4": "'", "\u2013": "-"}
-)
+QUOTES = str.maketrans({"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "`": "'", "\u00b4": "'", "\u2013": "-"})
 ALLOWED = re.compile(r"""[A-Za-z0-9 .,!?;:'"-]+""")
 WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 SENTENCE_END = re.compile(r"""[.!?]["']?(?= |$)""")

@@ -273,7 +273,7 @@ def test_streaming_gives_one_piece_a_token_and_the_same_text(folders, stop):
 
 def test_the_forward_pass_of_a_loaded_model_is_the_definition(folders):
     from tinygptq import load
-    from tinygptq.checkpoint import load_checkpoint
+    from tinygptq.folders.checkpoint import load_checkpoint
     from tinygptq.model import Llama
 
     checkpoint = load_checkpoint(folders / "model")

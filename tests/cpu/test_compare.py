@@ -12,9 +12,9 @@ from helpers import random_llama_folder, save_byte_tokenizer
 from random_models import config, weights
 
 from tinygptq.cli import main
-from tinygptq.compare import compare
 from tinygptq.errors import TinyGPTQError
-from tinygptq.evaluate import perplexity
+from tinygptq.measure.compare import compare
+from tinygptq.measure.evaluate import perplexity
 from tinygptq.model import Llama
 from tinygptq.ops import softmax
 

@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinygptq
-from tinygptq import benchmarks
 from tinygptq.cli import main
 from tinygptq.errors import TinyGPTQError
 from tinygptq.generate import generate_ids
-from tinygptq.harness import Adapter, harness_model, rolling_windows
-from tinygptq.harness_run import Options, run_tasks
+from tinygptq.measure import benchmarks
+from tinygptq.measure.harness import Adapter, harness_model, rolling_windows
+from tinygptq.measure.harness_run import Options, run_tasks
+from tinygptq.measure.scoring import Request, log_likelihood
 from tinygptq.sampling import Sampler, SamplingParams
-from tinygptq.scoring import Request, log_likelihood
 
 OPENING = "Once upon a time, there was a little"
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
@@ -375,7 +375,7 @@ def test_programs_are_run_only_with_leave(model, tmp_path):
 
 @with_harness
 def test_every_task_of_ours_can_be_found():
-    from tinygptq.harness_run import _task_manager
+    from tinygptq.measure.harness_run import _task_manager
 
     ours = {task for suite in benchmarks.SUITES.values() for task in suite.tasks if task.startswith("camels_")}
     assert len(ours) == 6
@@ -387,7 +387,7 @@ def test_every_task_of_ours_can_be_found():
 @pytest.mark.slow
 def test_every_task_of_a_suite_is_known_to_the_harness(embedded, capsys):
     """Reading the harness's own thousands of tasks takes most of a minute."""
-    from tinygptq.harness_run import _task_manager
+    from tinygptq.measure.harness_run import _task_manager
 
     names = [task for suite in benchmarks.SUITES.values() for task in suite.tasks]
     assert set(names) <= set(_task_manager(names, None).all_tasks)
@@ -405,7 +405,7 @@ def test_the_command(embedded, tasks, tmp_path, capsys):
 def test_without_the_harness_one_line_says_how_to_get_it(model, monkeypatch):
     import sys
 
-    from tinygptq import harness
+    from tinygptq.measure import harness
 
     harness._adapter_class.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval", None)

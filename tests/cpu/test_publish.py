@@ -16,15 +16,15 @@ import pytest
 from helpers import random_llama_folder, save_byte_tokenizer
 
 import tinygptq
-from tinygptq import publish as publishing
 from tinygptq.branches import BRANCHES
-from tinygptq.checkpoint import find_quantize_config, load_checkpoint
 from tinygptq.cli import main
 from tinygptq.config import LlamaConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.facts import read_meta
-from tinygptq.publish import Recipe, publish
-from tinygptq.sizes import sizes
+from tinygptq.folders.checkpoint import find_quantize_config, load_checkpoint
+from tinygptq.folders.sizes import sizes
+from tinygptq.release import publish as publishing
+from tinygptq.release.facts import read_meta
+from tinygptq.release.publish import Recipe, publish
 
 needs_dask = pytest.mark.skipif(not importlib.util.find_spec("distributed"), reason="dask[distributed] is not installed")
 WINDOWS = {"nsamples": 4, "seqlen": 32}

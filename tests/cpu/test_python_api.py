@@ -11,7 +11,7 @@ from helpers import random_llama_folder, save_byte_tokenizer
 
 import tinygptq
 from tinygptq.errors import TinyGPTQError
-from tinygptq.scoring import Request, encode_pair, log_likelihood
+from tinygptq.measure.scoring import Request, encode_pair, log_likelihood
 
 OPENING = "Once upon a time, there was a little"
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from helpers import random_llama_folder, save_byte_tokenizer
 
-from tinygptq import quantize_report
 from tinygptq.cli import main
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq import Hessian, prepare, round_to_nearest
-from tinygptq.placement import Clock, Host
-from tinygptq.quantization import quantize
-from tinygptq.quantize_report import LOG_COLUMNS, LOG_NAME, DeadInputs, LinearReport, rounding_loss
+from tinygptq.quantization import report as quantize_report
+from tinygptq.quantization.placement import Clock, Host
+from tinygptq.quantization.report import LOG_COLUMNS, LOG_NAME, DeadInputs, LinearReport, rounding_loss
+from tinygptq.quantization.run import quantize
 
 ORDER = ["k_proj", "v_proj", "q_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
 

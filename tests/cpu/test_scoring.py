@@ -12,9 +12,9 @@ from tinygptq.config import RopeScaling
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels import cpu
 from tinygptq.kvcache import KVCache
+from tinygptq.measure.scoring import Request, Scorer, log_likelihood
+from tinygptq.measure.shared_prefix import Batch, ForkedCache, plan
 from tinygptq.model import Llama
-from tinygptq.scoring import Request, Scorer, log_likelihood
-from tinygptq.shared_prefix import Batch, ForkedCache, plan
 
 MODEL = Llama(config(), weights(config(), np.float32))
 FAST = Llama(config(), weights(config(), 4), cpu)

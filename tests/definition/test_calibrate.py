@@ -35,7 +35,8 @@ class Bytes(Tokenizer):
     def _encode_text(self, text):
         first, *rest = text.split("</s>")
         return [byte + 2 for byte in first.encode()] + [
-            id for part in rest for id in (1, *(byte + 2 for byte in part.encode()))]
+            id for part in rest for id in (1, *(byte + 2 for byte in part.encode()))
+        ]
 
     def _encode_by_rule(self, text):
         return ([] if self.bos_id is None else [self.bos_id]) + self._encode_text(text)
@@ -102,12 +103,13 @@ def test_bos_as_the_folder_says_once(tmp_path):
 
 def test_a_long_file_is_cut_without_changing_ids(tmp_path, monkeypatch):
     """Also where a token stands for many more characters than the first guess allows."""
+
     class Wide(Bytes):
         longest = 0
 
         def _encode_text(self, text):
             Wide.longest = max(Wide.longest, len(text))
-            return [crc32(text[i:i + 20].encode()) % 256 for i in range(0, len(text), 20)]
+            return [crc32(text[i : i + 20].encode()) % 256 for i in range(0, len(text), 20)]
 
     path = tmp_path / "a.txt"
     path.write_text("".join(f"{i} " for i in range(40_000)))
@@ -125,15 +127,25 @@ def test_smollm2_windows_are_the_reference(smollm2, data_dir):
     np.testing.assert_array_equal(calibration_windows(text, Tokenizer.from_folder(smollm2), 32, 512), reference)
 
 
-@pytest.mark.parametrize(("record", "text"), [
-    ({"text": "plain"}, "plain\n\n"),
-    ({"prompt": "P", "response": "R"}, "<|user|>\nP\n<|assistant|>\nR</s>\n"),
-    ({"instruction": "I", "input": "", "output": "O"}, "<|user|>\nI\n<|assistant|>\nO</s>\n"),
-    ({"instruction": "I", "input": "X", "output": "O"}, "<|user|>\nI\n\nX\n<|assistant|>\nO</s>\n"),
-    ({"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "P"},
-                   {"role": "assistant", "content": "R"}]},
-     "<|system|>\nS\n<|user|>\nP\n<|assistant|>\nR</s>\n"),
-])
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"text": "plain"}, "plain\n\n"),
+        ({"prompt": "P", "response": "R"}, "<|user|>\nP\n<|assistant|>\nR</s>\n"),
+        ({"instruction": "I", "input": "", "output": "O"}, "<|user|>\nI\n<|assistant|>\nO</s>\n"),
+        ({"instruction": "I", "input": "X", "output": "O"}, "<|user|>\nI\n\nX\n<|assistant|>\nO</s>\n"),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "S"},
+                    {"role": "user", "content": "P"},
+                    {"role": "assistant", "content": "R"},
+                ]
+            },
+            "<|system|>\nS\n<|user|>\nP\n<|assistant|>\nR</s>\n",
+        ),
+    ],
+)
 def test_jsonl_fields(tmp_path, record, text):
     path = jsonl(tmp_path / "a.jsonl", record, record)
     length = len(Bytes().encode(text))
@@ -156,14 +168,17 @@ def test_the_folder_s_chat_template(tmp_path):
         calibration_windows(path, Bytes(), 1, 4, template="chat")
 
 
-@pytest.mark.parametrize(("line", "says"), [
-    ('{"question": "Q", "answer": "A"}', r"line 2: found the fields question, answer; expected text, or prompt"),
-    ('{"text": 5}', r"line 2: the field 'text' should be text, found int"),
-    ('{"messages": "hi"}', r"line 2: the field 'messages' should be a list"),
-    ('{"messages": [{"role": "tool", "content": "x"}]}', r"line 2: message 1 .* found role 'tool'"),
-    ("{oops}", r"line 2: not JSON"),
-    ("[1]", r"line 2: expected a JSON object, found list"),
-])
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"question": "Q", "answer": "A"}', r"line 2: found the fields question, answer; expected text, or prompt"),
+        ('{"text": 5}', r"line 2: the field 'text' should be text, found int"),
+        ('{"messages": "hi"}', r"line 2: the field 'messages' should be a list"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', r"line 2: message 1 .* found role 'tool'"),
+        ("{oops}", r"line 2: not JSON"),
+        ("[1]", r"line 2: expected a JSON object, found list"),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, line, says):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
@@ -172,15 +187,18 @@ def test_a_bad_line_is_named(tmp_path, line, says):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "nsamples", "seqlen", "says"), [
-    ("", 1, 2, r"holds no text; 1 window of 2 needs 2 tokens: give more text"),
-    ("x", 1, 2, r"holds 1 token; .*: give more text"),
-    ("x" * 10, 4, 5, r"holds 10 tokens; 4 windows of 5 need 20 tokens: --nsamples 2 or --seqlen 2 would fit"),
-    ("x" * 10, 20, 4, r"need 80 tokens: --nsamples 2 would fit"),
-    ("x" * 10, 2, 100, r"need 200 tokens: --seqlen 5 would fit"),
-    ("x" * 10, 0, 100, r"nsamples >= 1"),
-    ("x" * 10, 1, 1, r"seqlen >= 2"),
-])
+@pytest.mark.parametrize(
+    ("text", "nsamples", "seqlen", "says"),
+    [
+        ("", 1, 2, r"holds no text; 1 window of 2 needs 2 tokens: give more text"),
+        ("x", 1, 2, r"holds 1 token; .*: give more text"),
+        ("x" * 10, 4, 5, r"holds 10 tokens; 4 windows of 5 need 20 tokens: --nsamples 2 or --seqlen 2 would fit"),
+        ("x" * 10, 20, 4, r"need 80 tokens: --nsamples 2 would fit"),
+        ("x" * 10, 2, 100, r"need 200 tokens: --seqlen 5 would fit"),
+        ("x" * 10, 0, 100, r"nsamples >= 1"),
+        ("x" * 10, 1, 1, r"seqlen >= 2"),
+    ],
+)
 def test_too_little_text_is_never_repeated(tmp_path, text, nsamples, seqlen, says):
     path = tmp_path / "a.txt"
     path.write_text(text)
@@ -206,8 +224,10 @@ def test_parse_dataset(tmp_path):
     assert parse_dataset(str(path)).path == path
     assert (parse_dataset("wikitext2").name, parse_dataset("wikitext2").split) == ("wikitext2", "train")
     assert parse_dataset("wikitext2:test").split == "test"
-    for text, says in (("wikitext2:dev", "no split 'dev'; it has train, validation, test"),
-                       ("nosuch.txt", "'nosuch.txt' is neither a file nor one of wikitext2, c4, ptb")):
+    for text, says in (
+        ("wikitext2:dev", "no split 'dev'; it has train, validation, test"),
+        ("nosuch.txt", "'nosuch.txt' is neither a file nor one of wikitext2, c4, ptb"),
+    ):
         with pytest.raises(TinyGPTQError, match=says):
             parse_dataset(text)
 
@@ -218,17 +238,20 @@ def test_parse_dataset(tmp_path):
 def test_draw_windows_never_overlap():
     ids = np.arange(100)
     for spare in (0, 1, 60):
-        windows = draw_windows(ids[:40 + spare], 10, 4, np.random.default_rng(0))
+        windows = draw_windows(ids[: 40 + spare], 10, 4, np.random.default_rng(0))
         assert len(np.unique(windows)) == 40
         assert (np.diff(windows, axis=1) == 1).all()
         assert (np.diff(windows[:, 0]) < 0).any()  # nor do they keep the text's order
     assert not np.array_equal(*(draw_windows(ids, 10, 4, np.random.default_rng(seed)) for seed in (0, 1)))
 
 
-@pytest.mark.parametrize(("name", "path", "config", "column"), [
-    ("wikitext2", "Salesforce/wikitext", ("wikitext-2-raw-v1",), "text"),
-    ("ptb", "ptb-text-only/ptb_text_only", ("penn_treebank",), "sentence"),
-])
+@pytest.mark.parametrize(
+    ("name", "path", "config", "column"),
+    [
+        ("wikitext2", "Salesforce/wikitext", ("wikitext-2-raw-v1",), "text"),
+        ("ptb", "ptb-text-only/ptb_text_only", ("penn_treebank",), "sentence"),
+    ],
+)
 def test_running_text_is_joined_as_the_papers_do(hub, name, path, config, column):
     hub.tables[path] = [{column: text} for text in ("", " = Title = \n", " The cat sat . \n", "")]
     stream = "\n\n = Title = \n\n\n The cat sat . \n\n\n"
@@ -255,7 +278,8 @@ def test_c4_reads_one_file_and_no_more_documents_than_needed(hub):
 
 def test_instruction_sets_go_through_the_template(hub):
     hub.tables["databricks/databricks-dolly-15k"] = [
-        {"instruction": "I", "context": "", "response": "R", "category": "open_qa"}]
+        {"instruction": "I", "context": "", "response": "R", "category": "open_qa"}
+    ]
     hub.tables["sahil2801/CodeAlpaca-20k"] = [{"instruction": "I", "input": "X", "output": "O"}]
     dolly, alpaca = "<|user|>\nI\n<|assistant|>\nR</s>\n", "<|user|>\nI\n\nX\n<|assistant|>\nO</s>\n"
     for name, text in (("databricks-dolly-15k", dolly), ("CodeAlpaca-20k", alpaca)):
@@ -263,8 +287,17 @@ def test_instruction_sets_go_through_the_template(hub):
 
 
 def row(id, parent, role, text, rank=None, lang="en", deleted=False):
-    return {"message_id": id, "parent_id": parent, "role": role, "text": text, "rank": rank, "lang": lang,
-            "deleted": deleted, "message_tree_id": "t", "tree_state": "ready_for_export"}
+    return {
+        "message_id": id,
+        "parent_id": parent,
+        "role": role,
+        "text": text,
+        "rank": rank,
+        "lang": lang,
+        "deleted": deleted,
+        "message_tree_id": "t",
+        "tree_state": "ready_for_export",
+    }
 
 
 OASST = [
@@ -283,9 +316,14 @@ OASST = [
 
 
 def test_oasst1_walks_from_the_root_along_the_best_replies(hub):
-    assert conversations(OASST) == [[
-        {"role": "user", "content": "Q1"}, {"role": "assistant", "content": "best"},
-        {"role": "user", "content": "Q2"}, {"role": "assistant", "content": "A2"}]]
+    assert conversations(OASST) == [
+        [
+            {"role": "user", "content": "Q1"},
+            {"role": "assistant", "content": "best"},
+            {"role": "user", "content": "Q2"},
+            {"role": "assistant", "content": "A2"},
+        ]
+    ]
     hub.tables["OpenAssistant/oasst1"] = OASST
     text = "<|user|>\nQ1\n<|assistant|>\nbest</s>\n<|user|>\nQ2\n<|assistant|>\nA2</s>\n"
     assert text_of(calibration_windows("oasst1", Bytes(), 1, len(Bytes().encode(text)))) == text

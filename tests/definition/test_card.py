@@ -9,12 +9,12 @@ import pytest
 from helpers import random_llama_folder, random_solutions, write_quantized
 
 from tinygptq.branches import BRANCHES
-from tinygptq.card import MARK, ModelFacts, model_card, provided_files, readable_size, split_front_matter
 from tinygptq.cli import main
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.facts import update_meta
-from tinygptq.inspect_folder import inspect_folder
+from tinygptq.release.card import MARK, ModelFacts, model_card, provided_files, readable_size, split_front_matter
+from tinygptq.release.facts import update_meta
+from tinygptq.release.inspect_folder import inspect_folder
 from tinygptq.templates import render
 
 README = """---

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from helpers import FLOAT_DTYPES, random_llama_folder, save_safetensors, small_config
 
-from tinygptq.checkpoint import find_quantize_config, from_gptq, load_checkpoint
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
+from tinygptq.folders.checkpoint import find_quantize_config, from_gptq, load_checkpoint
+from tinygptq.folders.tensorfile import TensorFile
 from tinygptq.packing import pack
-from tinygptq.tensorfile import TensorFile
 from tinygptq.weights import DenseLinear
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"

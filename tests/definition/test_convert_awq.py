@@ -10,9 +10,9 @@ import pytest
 from conversions import Q_PROJ, edit, refused, rewrite, run, tensors
 from helpers import random_llama_folder, save_byte_tokenizer, save_safetensors
 
-from tinygptq.checkpoint import linear_names, load_checkpoint
 from tinygptq.config import LlamaConfig, QuantizeConfig
 from tinygptq.convert import convert
+from tinygptq.folders.checkpoint import linear_names, load_checkpoint
 from tinygptq.packing import PackedLinear, pack, unpack
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.cli import main
 from tinygptq.config import LlamaConfig, RopeScaling
 from tinygptq.convert import convert
 from tinygptq.convert.gguf_model import halves_from_pairs, hugging_face_name
 from tinygptq.errors import TinyGPTQError
+from tinygptq.folders.checkpoint import load_checkpoint
+from tinygptq.folders.tensorfile import TensorFile
 from tinygptq.model import Llama
 from tinygptq.ops import rope_frequencies
-from tinygptq.tensorfile import TensorFile
 
 pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")

@@ -26,14 +26,14 @@ from conversions import (
 )
 from helpers import random_llama_folder
 
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.config import QuantizeConfig
 from tinygptq.convert import convert
 from tinygptq.convert.source import source_of
 from tinygptq.convert.writers import gptq_config, scale_change
 from tinygptq.errors import TinyGPTQError
-from tinygptq.shards import parse_size, split_layout
-from tinygptq.tensorfile import TensorFile
+from tinygptq.folders.checkpoint import load_checkpoint
+from tinygptq.folders.shards import parse_size, split_layout
+from tinygptq.folders.tensorfile import TensorFile
 
 # -------------------------------------------------------------------------------------------------------- gptq, gptq_v2
 

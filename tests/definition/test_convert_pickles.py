@@ -15,10 +15,10 @@ import pytest
 from conversions import ASYM, Q_PROJ, assert_same_model, quantized, refused, rewrite, run, tensors, with_zeros
 from helpers import random_llama_folder, save_byte_tokenizer
 
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.convert import convert
 from tinygptq.convert.pickles import pickle_files
 from tinygptq.errors import TinyGPTQError
+from tinygptq.folders.checkpoint import load_checkpoint
 
 torch = pytest.importorskip("torch")
 

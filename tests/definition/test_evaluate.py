@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygptq import evaluate
 from tinygptq.errors import TinyGPTQError
-from tinygptq.evaluate import negative_log_likelihood, perplexity
+from tinygptq.measure import evaluate
+from tinygptq.measure.evaluate import negative_log_likelihood, perplexity
 from tinygptq.ops import softmax
 
 VOCAB = 11

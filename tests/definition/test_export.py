@@ -17,10 +17,10 @@ import pytest
 from helpers import random_llama_folder, random_solutions, small_config, solve_all, write_quantized
 from safetensors import safe_open
 
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.config import LlamaConfig, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import (
+from tinygptq.folders.checkpoint import load_checkpoint
+from tinygptq.folders.export import (
     COMPANIONS,
     QuantizedFolderWriter,
     gptq_tensors,
@@ -31,7 +31,7 @@ from tinygptq.export import (
 )
 from tinygptq.gptq import Solution
 from tinygptq.packing import unpack
-from tinygptq.quantization import packed
+from tinygptq.quantization.placement import packed
 
 GRID = list(product((2, 3, 4, 8), (True, False), ("gptq", "gptq_v2")))
 ORDERS = list(product((False, True), (False, True), (32, 64, -1)))  # act-order, static groups; 64 leaves a short group

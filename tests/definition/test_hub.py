@@ -16,7 +16,7 @@ from helpers import random_llama_folder, save_byte_tokenizer
 from small_hub import Repo, SmallHub, branch_of_folder
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.hub import model_name, resolve
+from tinygptq.release.hub import model_name, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_client = pytest.mark.skipif(not importlib.util.find_spec("huggingface_hub"), reason="huggingface_hub is not installed")
@@ -27,7 +27,7 @@ CODE = """
 import sys
 from pathlib import Path
 from tinygptq.errors import TinyGPTQError
-from tinygptq.hub import resolve
+from tinygptq.release.hub import resolve
 try:
     folder = resolve(sys.argv[1], *sys.argv[2:])
     print(folder)

@@ -19,14 +19,14 @@ from helpers import (
 )
 
 from tinygptq.branches import BRANCHES
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.cli import main
 from tinygptq.config import LlamaConfig, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.inspect_folder import as_dict, as_text, inspect_folder
-from tinygptq.sizes import sizes
-from tinygptq.tensor_folder import is_finite
-from tinygptq.tensorfile import TensorFile
+from tinygptq.folders.checkpoint import load_checkpoint
+from tinygptq.folders.sizes import sizes
+from tinygptq.folders.tensor_folder import is_finite
+from tinygptq.folders.tensorfile import TensorFile
+from tinygptq.release.inspect_folder import as_dict, as_text, inspect_folder
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 LLAMA_7B = small_config(vocab_size=32001, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,

@@ -13,20 +13,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "tinygptq"
 
-# A module may import lower layers, and its own layer where that makes no circle. A package stands for all its modules.
+# A module may import lower layers, and its own layer where that makes no circle. A package stands for all its modules,
+# but for the circles in those that are there for the reader's sake, where each module stands for itself.
+LOOSE = {"folders", "measure", "quantization", "release"}
 LAYERS = (
     ("errors", "config", "branches", "tokenizer", "tokenizer_rules", "templates"),
-    ("packing", "weights", "tensorfile", "threads", "memory", "ops", "gptq"),
-    ("checkpoint", "export", "kernels", "sizes", "shards", "tensor_folder", "gptq_configs", "gptq_files"),
+    ("packing", "weights", "threads", "memory", "ops", "gptq"),
+    ("folders", "kernels"),
     ("kvcache", "model", "backward"),
     ("engine", "cuda", "generate", "sampling"),
-    ("calibrate", "quantization", "quantize_report", "placement", "placement_cuda", "stages", "sensitivity", "write_behind",
-     "resume", "evaluate", "language_model", "demo", "facts", "hub", "convert",
-     "weight_diff", "card", "publish", "loaders", "inspect_folder",
-     "shared_prefix", "scoring", "text_generation", "harness", "harness_run", "benchmarks",
-     "compare", "validate", "conversation", "bench", "doctor"),
+    ("calibrate", "quantization", "convert", "release", "measure", "language_model", "text_generation", "conversation",
+     "demo", "bench", "doctor"),
     ("cli", "commands", "__init__"),
-)
+)  # fmt: skip
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # llvmlite comes with numba
 CORE = {"numpy", "numba", "safetensors", "sentencepiece", "tqdm", "ml_dtypes", "threadpoolctl", "llvmlite"}
@@ -34,7 +33,7 @@ CORE = {"numpy", "numba", "safetensors", "sentencepiece", "tqdm", "ml_dtypes", "
 OPTIONAL = {"tokenizers", "datasets", "jinja2", "huggingface_hub", "gguf", "dask", "distributed", "lm_eval", "matplotlib",
             "cupy", "cupyx", "cuda"}  # fmt: skip
 # likewise, and in these modules only
-TORCH_ALLOWED = {"convert.pickles": {"torch"}, "validate": {"torch", "transformers"}}
+TORCH_ALLOWED = {"convert.pickles": {"torch"}, "measure.validate": {"torch", "transformers"}}
 
 
 def module_files() -> dict[str, Path]:
@@ -78,6 +77,11 @@ def graph() -> dict[str, set[str]]:
 
 def unit(module: str) -> str:
     return module.split(".")[0]
+
+
+def knot(module: str) -> str:
+    """What the search for circles takes for one."""
+    return module if unit(module) in LOOSE else unit(module)
 
 
 def test_every_module_has_a_layer():
@@ -136,7 +140,7 @@ def test_no_module_imports_itself_by_a_detour():
     """Between units: inside a package, a definition hands over to its twin by an import inside a function."""
     edges: dict[str, set[str]] = {}
     for module, targets in graph().items():
-        edges.setdefault(unit(module), set()).update(unit(target) for target in targets)
+        edges.setdefault(knot(module), set()).update(knot(target) for target in targets)
     assert circle({name: targets - {name} for name, targets in edges.items()}) is None
 
 

@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 from helpers import random_llama_folder
 
-from tinygptq import ops, placement
-from tinygptq.checkpoint import Checkpoint, load_checkpoint
+from tinygptq import ops
 from tinygptq.config import RECIPES, QuantizeConfig, Recipe
 from tinygptq.errors import TinyGPTQError
+from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.gptq import Hessian, Solution, drift, prepare, round_to_nearest, solve
 from tinygptq.gptq.feedback import factor_outputs, solve_in_parts
 from tinygptq.gptq.hessian import shrink
 from tinygptq.gptq.refine import refine
 from tinygptq.model import Llama
-from tinygptq.placement import Host
-from tinygptq.quantization import LinearReport, packed, quantize_blocks
-from tinygptq.sensitivity import output_matrices
+from tinygptq.quantization import placement
+from tinygptq.quantization.blocks import quantize_blocks
+from tinygptq.quantization.placement import Host, packed
+from tinygptq.quantization.report import LinearReport
+from tinygptq.quantization.sensitivity import output_matrices
 from tinygptq.weights import Weights
 
 STAGES = (

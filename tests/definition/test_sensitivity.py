@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from helpers import random_llama_folder
 
-from tinygptq import sensitivity
 from tinygptq.backward import output_gradients
-from tinygptq.checkpoint import load_checkpoint
+from tinygptq.folders.checkpoint import load_checkpoint
 from tinygptq.model import Llama
 from tinygptq.ops import softmax
-from tinygptq.placement import Host
+from tinygptq.quantization import sensitivity
+from tinygptq.quantization.placement import Host
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from helpers import small_config
 
 import tinygptq
 from tinygptq.branches import BRANCHES
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.config import LlamaConfig, QuantizeConfig
-from tinygptq.inspect_folder import inspect_folder
+from tinygptq.folders.checkpoint import load_checkpoint
+from tinygptq.folders.sizes import sizes
+from tinygptq.folders.tensorfile import TensorFile
 from tinygptq.packing import unpack
-from tinygptq.sizes import sizes
-from tinygptq.tensorfile import TensorFile
+from tinygptq.release.inspect_folder import inspect_folder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_synthetic_model.py"
 TINY = small_config(hidden_size=128, intermediate_size=352, num_attention_heads=4, vocab_size=101)  # 352 = 2.75 * 128

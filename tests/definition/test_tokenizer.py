@@ -16,9 +16,23 @@ from hypothesis import strategies as st
 from tinygptq.errors import TinyGPTQError
 from tinygptq.tokenizer import JsonTokenizer, SentencePieceTokenizer, Tokenizer, byte_level_alphabet
 
-TEXTS = ["", " ", "a", "  two  spaces  ", "\n\nlines\n", "\t", "émigré naïve", "日本語のテキスト", "👩‍👩‍👧 and 🇫🇷",
-         "x\u0000y", "▁underline▁", "12345 67", "the letter s ends words: cats", "mixed 漢字 and\r\nCRLF ",
-         "<0x41> <unkn> </ s>"]
+TEXTS = [
+    "",
+    " ",
+    "a",
+    "  two  spaces  ",
+    "\n\nlines\n",
+    "\t",
+    "émigré naïve",
+    "日本語のテキスト",
+    "👩‍👩‍👧 and 🇫🇷",
+    "x\u0000y",
+    "▁underline▁",
+    "12345 67",
+    "the letter s ends words: cats",
+    "mixed 漢字 and\r\nCRLF ",
+    "<0x41> <unkn> </ s>",
+]
 
 
 def joined(tokenizer: Tokenizer, ids: list[int], **options) -> str:
@@ -44,8 +58,9 @@ def byte_level(tmp_path_factory) -> Path:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(["the cat sat on the mat, the cats sat"] * 4, trainer)
     tokenizer.add_special_tokens([tokenizers.AddedToken("<|end|>", special=True)])
     folder = tmp_path_factory.mktemp("byte_level")
@@ -142,14 +157,17 @@ def test_llama_alone(llama):
     assert tokenizer.decode([1, 15043, 2], skip_special=False) == "<s> Hello</s>"
 
 
-@pytest.mark.parametrize(("config", "first", "last"), [
-    ({}, 1, 1243),
-    ({"add_bos_token": False}, 15043, 1243),
-    ({"add_bos_token": True, "add_eos_token": True}, 1, 2),
-    ({"tokenizer_class": "LlamaTokenizer"}, 1, 1243),
-    ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": True}, 15043, 2),
-    ({"bos_token": "", "eos_token": ""}, 1, 1243),  # early conversions left them empty
-])
+@pytest.mark.parametrize(
+    ("config", "first", "last"),
+    [
+        ({}, 1, 1243),
+        ({"add_bos_token": False}, 15043, 1243),
+        ({"add_bos_token": True, "add_eos_token": True}, 1, 2),
+        ({"tokenizer_class": "LlamaTokenizer"}, 1, 1243),
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": True}, 15043, 2),
+        ({"bos_token": "", "eos_token": ""}, 1, 1243),  # early conversions left them empty
+    ],
+)
 def test_bos_and_eos_as_the_folder_says(llama, config, first, last):
     write(llama, "tokenizer_config.json", config)
     tokenizer = Tokenizer.from_folder(llama)
@@ -159,14 +177,25 @@ def test_bos_and_eos_as_the_folder_says(llama, config, first, last):
     assert tokenizer.encode("Hello", bos=False) == [15043]
 
 
-@pytest.mark.parametrize("files", [
-    {"added_tokens.json": {"<pad>": 32000}, "special_tokens_map.json": {"pad_token": "<pad>"}},
-    {"tokenizer_config.json": {"pad_token": "<pad>", "added_tokens_decoder": {
-        "0": {"content": "<unk>", "special": True}, "1": {"content": "<s>", "special": True},
-        "2": {"content": "</s>", "special": True}, "32000": {"content": "<pad>", "special": True}}}},
-    {"tokenizer_config.json": {"pad_token": {"__type": "AddedToken", "content": "<pad>"}}},  # the next free id
-    {"tokenizer_config.json": {"pad_token": "<pad>", "added_tokens_decoder": {"32000": {"content": "<pad>"}}}},
-])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens.json": {"<pad>": 32000}, "special_tokens_map.json": {"pad_token": "<pad>"}},
+        {
+            "tokenizer_config.json": {
+                "pad_token": "<pad>",
+                "added_tokens_decoder": {
+                    "0": {"content": "<unk>", "special": True},
+                    "1": {"content": "<s>", "special": True},
+                    "2": {"content": "</s>", "special": True},
+                    "32000": {"content": "<pad>", "special": True},
+                },
+            }
+        },
+        {"tokenizer_config.json": {"pad_token": {"__type": "AddedToken", "content": "<pad>"}}},  # the next free id
+        {"tokenizer_config.json": {"pad_token": "<pad>", "added_tokens_decoder": {"32000": {"content": "<pad>"}}}},
+    ],
+)
 def test_tokens_beyond_the_model(llama, files):
     for name, content in files.items():
         write(llama, name, content)
@@ -196,8 +225,14 @@ def test_special_tokens_in_a_text(llama, legacy, after):
 
 
 def test_an_added_token_eats_the_spaces_it_says(llama):
-    write(llama, "tokenizer_config.json", {"legacy": False, "added_tokens_decoder": {
-        "32000": {"content": "<sep>", "lstrip": True, "rstrip": True, "special": True}}})
+    write(
+        llama,
+        "tokenizer_config.json",
+        {
+            "legacy": False,
+            "added_tokens_decoder": {"32000": {"content": "<sep>", "lstrip": True, "rstrip": True, "special": True}},
+        },
+    )
     tokenizer = Tokenizer.from_folder(llama)
     assert tokenizer.encode("a  <sep>  a", bos=False) == tokenizer.encode("a<sep>a", bos=False)
 
@@ -205,8 +240,11 @@ def test_an_added_token_eats_the_spaces_it_says(llama):
 def test_chat_template(llama):
     write(llama, "tokenizer_config.json", {"chat_template": "T"})
     assert Tokenizer.from_folder(llama).chat_template == "T"
-    write(llama, "tokenizer_config.json", {"chat_template": [{"name": "rag", "template": "R"},
-                                                             {"name": "default", "template": "D"}]})
+    write(
+        llama,
+        "tokenizer_config.json",
+        {"chat_template": [{"name": "rag", "template": "R"}, {"name": "default", "template": "D"}]},
+    )
     assert Tokenizer.from_folder(llama).chat_template == "D"
     (llama / "chat_template.jinja").write_text("J")
     assert Tokenizer.from_folder(llama).chat_template == "J"
@@ -234,7 +272,8 @@ def test_bos_of_a_tokenizers_folder(byte_level, tmp_path, how):
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|end|>"}
     if how == "post-processor":
         plain.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<|end|> $A", special_tokens=[("<|end|>", end)])
+            single="<|end|> $A", special_tokens=[("<|end|>", end)]
+        )
     else:
         config["add_bos_token"] = True
     plain.enable_truncation(2)  # what was left from training must not cut a text
@@ -263,9 +302,14 @@ def test_pieces_with_byte_fallback(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     vocab = {"<unk>": 0, "▁": 1, "▁a": 2, "s": 3} | {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[], byte_fallback=True))
-    tokenizer.decoder = tokenizers.decoders.Sequence([
-        tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
-        tokenizers.decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     ours = Tokenizer.from_folder(tmp_path)
     smile = [4 + byte for byte in "😀".encode()]
@@ -282,7 +326,7 @@ def test_smollm2_ids_equal_llama_cpp(smollm2, data_dir):
         expected = reference[key].ravel()
         ids = tokenizer.encode(text[:chars])
         assert len(ids) > len(expected)
-        np.testing.assert_array_equal(ids[:len(expected)], expected)
+        np.testing.assert_array_equal(ids[: len(expected)], expected)
         assert text.startswith(tokenizer.decode(ids[:1000]))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 49152)
     assert tokenizer.encode("<|im_start|>user 12") == [1, 4093, 216, 33, 34]
@@ -305,16 +349,19 @@ def test_without_the_tokenizers_package(byte_level, monkeypatch):
         Tokenizer.from_folder(byte_level)
 
 
-@pytest.mark.parametrize(("name", "content", "says"), [
-    ("nothing", b"", "no tokenizer found"),
-    ("tokenizer.model", b"not a model", "not a sentencepiece model"),
-    ("tokenizer.json", b"{}", "not readable by tokenizers"),
-    ("tokenizer.json", b"[", "not readable as JSON"),
-    ("tokenizer_config.json", b'{"add_bos_token": "yes"}', "'add_bos_token' should be true or false"),
-    ("tokenizer_config.json", b'{"bos_token": 1}', "'bos_token' should be a token's text"),
-    ("added_tokens.json", b'{"<pad>": "x"}', "id should be a number"),
-    ("tokenizer_config.json", b'{"chat_template": 3}', "'chat_template' should be text"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("nothing", b"", "no tokenizer found"),
+        ("tokenizer.model", b"not a model", "not a sentencepiece model"),
+        ("tokenizer.json", b"{}", "not readable by tokenizers"),
+        ("tokenizer.json", b"[", "not readable as JSON"),
+        ("tokenizer_config.json", b'{"add_bos_token": "yes"}', "'add_bos_token' should be true or false"),
+        ("tokenizer_config.json", b'{"bos_token": 1}', "'bos_token' should be a token's text"),
+        ("added_tokens.json", b'{"<pad>": "x"}', "id should be a number"),
+        ("tokenizer_config.json", b'{"chat_template": 3}', "'chat_template' should be text"),
+    ],
+)
 def test_a_broken_folder_is_one_line(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TinyGPTQError, match=says) as caught:

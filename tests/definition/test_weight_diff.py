@@ -10,10 +10,10 @@ import pytest
 from conversions import peak_memory
 from helpers import random_llama_folder, save_byte_tokenizer, save_safetensors
 
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.cli import main
-from tinygptq.tensorfile import TensorFile
-from tinygptq.weight_diff import compare, recover
+from tinygptq.folders.checkpoint import load_checkpoint
+from tinygptq.folders.tensorfile import TensorFile
+from tinygptq.release.weight_diff import compare, recover
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -31,7 +31,7 @@ def pair(root: Path, padded: bool = False, dtype: str = "float16", sharded: bool
     save_byte_tokenizer(root / "diff")
     (root / "diff" / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
     (root / "raw" / "tokenizer_config.json").write_text("{}")
-    return *({name: array.astype(np.float32) for name, array in part.items()} for part in (raw, diff)),
+    return (*({name: array.astype(np.float32) for name, array in part.items()} for part in (raw, diff)),)
 
 
 def padded_rows(array: np.ndarray) -> np.ndarray:
@@ -172,7 +172,7 @@ def test_a_sum_that_fp16_cannot_hold(tmp_path: Path, capsys):
 def test_the_check_sees_a_wrong_value(tmp_path: Path, capsys, monkeypatch):
     """One value of the written file a little beyond its rounding."""
     pair(tmp_path, dtype="float32")
-    write = "tinygptq.weight_diff.to_half"
+    write = "tinygptq.release.weight_diff.to_half"
 
     def off(array: np.ndarray, name: str) -> np.ndarray:
         half = array.astype(np.float16)

@@ -11,8 +11,8 @@ import pytest
 from golden import writers
 from golden.writers import WRITERS, Quantized, random_model
 
-from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.errors import TinyGPTQError
+from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 MODELS = {

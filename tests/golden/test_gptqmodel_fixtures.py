@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import tinygptq
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.config import QuantizeConfig, read_json
-from tinygptq.export import tensor_layout
-from tinygptq.inspect_folder import inspect_folder
-from tinygptq.tensorfile import TensorFile
+from tinygptq.folders.checkpoint import load_checkpoint
+from tinygptq.folders.export import tensor_layout
+from tinygptq.folders.tensorfile import TensorFile
+from tinygptq.release.inspect_folder import inspect_folder
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parent / "gptqmodel").glob("*/expected.npz"))
 HALF_ROUNDING = 3e-3  # of the largest logit: a forward pass in fp16, 2^-11 for each of its steps

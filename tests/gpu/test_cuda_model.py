@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import random_models
 
-from tinygptq import evaluate
-from tinygptq.compare import compare
 from tinygptq.engine import CpuEngine
-from tinygptq.scoring import Request, Scorer
+from tinygptq.measure import evaluate
+from tinygptq.measure.compare import compare
+from tinygptq.measure.scoring import Request, Scorer
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import pytest
 from cuda_layers import relative_error
 from helpers import contents, random_llama_folder, save_byte_tokenizer
 
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.config import RECIPES, QuantizeConfig
-from tinygptq.quantization import quantize
+from tinygptq.folders.checkpoint import load_checkpoint
+from tinygptq.quantization.run import quantize
 
 BLOCKS = 3
 KINDS = {
@@ -76,7 +76,7 @@ def test_beside_the_cpu_and_twice(source, text, tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blocks", range(1, BLOCKS))
 def test_cut_off_and_continued(source, text, tmp_path, monkeypatch, kind, blocks):
-    from tinygptq import resume
+    from tinygptq.quantization import resume
 
     monkeypatch.setattr(resume, "SAVE_SHARE", np.inf)
     save = resume.Progress.save
@@ -96,7 +96,7 @@ def test_cut_off_and_continued(source, text, tmp_path, monkeypatch, kind, blocks
 
 @pytest.mark.parametrize("kind", ["main", "a block at once", "best"])
 def test_activations_on_the_host_change_nothing(source, text, tmp_path, monkeypatch, kind):
-    from tinygptq import placement_cuda
+    from tinygptq.quantization import placement_cuda
 
     run(source, tmp_path / "a", text, kind)
     made = []
@@ -110,7 +110,7 @@ def test_activations_on_the_host_change_nothing(source, text, tmp_path, monkeypa
 
 def test_hessians_on_tensor_cores(source, text, tmp_path, monkeypatch):
     """As for inputs wider than those of this model."""
-    from tinygptq import placement_cuda
+    from tinygptq.quantization import placement_cuda
 
     reports = [run(source, tmp_path / "a", text, "main")]
     monkeypatch.setattr(placement_cuda, "NARROW", 0)

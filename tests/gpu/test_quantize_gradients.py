@@ -8,11 +8,11 @@ from cuda_layers import fresh_generator, relative_error
 from helpers import random_llama_folder
 
 from tinygptq.backward import block_gradients
-from tinygptq.checkpoint import load_checkpoint
+from tinygptq.folders.checkpoint import load_checkpoint
 from tinygptq.gptq.feedback import factor_outputs, solve_in_parts
 from tinygptq.ops import array_module
-from tinygptq.placement import Host
-from tinygptq.sensitivity import output_matrices
+from tinygptq.quantization.placement import Host
+from tinygptq.quantization.sensitivity import output_matrices
 
 IDS = np.random.default_rng(0).integers(0, 120, (16, 64))
 
@@ -26,7 +26,7 @@ def source(tmp_path_factory):
 
 def test_gradients_of_a_block(source):
     from tinygptq.kernels.cuda.runtime import cupy
-    from tinygptq.placement_cuda import Card
+    from tinygptq.quantization.placement_cuda import Card
 
     cp, rng, place = cupy(), fresh_generator(), Card()
     h, d = (rng.normal(size=(2, 40, source.config.hidden_size)).astype(np.float16) for _ in range(2))
@@ -44,7 +44,7 @@ def test_gradients_of_a_block(source):
 
 def test_sums_of_gradients(source):
     """Not the same: fp16's rounding has other tokens drawn here and there."""
-    from tinygptq.placement_cuda import Card
+    from tinygptq.quantization.placement_cuda import Card
 
     place, expected = Card(), output_matrices(Host().model(source), IDS, Host())
     with place.session():

@@ -132,7 +132,7 @@ def test_scales_of_the_same_codes_are_the_definition_s():
 def test_weights_that_make_up_for_drift():
     from tinygptq.kernels.cuda import solver
     from tinygptq.kernels.cuda.runtime import cupy
-    from tinygptq.placement_cuda import Card
+    from tinygptq.quantization.placement_cuda import Card
 
     cp, rng = cupy(), fresh_generator()
     X = (rng.normal(size=(3, 500, 200)) @ rng.normal(size=(200, 200))).astype(np.float32)

@@ -8,7 +8,7 @@ from cuda_layers import fresh_generator, relative_error
 
 from tinygptq.config import RECIPES, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import gptq_tensors, solution_of
+from tinygptq.folders.export import gptq_tensors, solution_of
 from tinygptq.gptq import Hessian, prepare, solve
 from tinygptq.gptq.solver import inverse_cholesky
 

@@ -23,9 +23,9 @@ from golden.writers import random_model
 from helpers import random_llama_folder
 
 from tinygptq import threads
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.errors import TinyGPTQError
-from tinygptq.inspect_folder import as_dict, as_text, inspect_folder
+from tinygptq.folders.checkpoint import load_checkpoint
+from tinygptq.release.inspect_folder import as_dict, as_text, inspect_folder
 
 CASES = int(os.environ.get("TINYGPTQ_FUZZ_CASES", "300"))
 FIRST = int(os.environ.get("TINYGPTQ_FUZZ_FIRST", "0"))

@@ -21,12 +21,14 @@ import numpy as np
 import pytest
 from helpers import contents, random_llama_folder, save_byte_tokenizer
 
-from tinygptq import placement, quantization, resume
 from tinygptq.cli import main
 from tinygptq.config import RECIPES, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.quantization import LinearReport, QuantizeReport, quantize
-from tinygptq.resume import Progress, place_of, unfinished_folder
+from tinygptq.quantization import blocks as block_loop
+from tinygptq.quantization import placement, resume
+from tinygptq.quantization.report import LinearReport
+from tinygptq.quantization.resume import Progress, place_of, unfinished_folder
+from tinygptq.quantization.run import QuantizeReport, quantize
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = 3
@@ -109,8 +111,8 @@ def test_continues_at_the_block_it_had_reached(root, tmp_path, monkeypatch, capl
     assert not out.exists()
     assert f"{out}: {blocks} blocks are done and kept; the same command with --resume continues" in caplog.messages
     solved = []
-    replace = quantization._replace
-    monkeypatch.setattr(quantization, "_replace", lambda *args: solved.append(args[1]) or replace(*args))
+    replace = block_loop._replace
+    monkeypatch.setattr(block_loop, "_replace", lambda *args: solved.append(args[1]) or replace(*args))
     report = run(root, out, kind)
     assert solved == [layer for layer in range(blocks, BLOCKS) for _ in range(7)]
     assert contents(out) == whole(root, kind)
@@ -177,7 +179,7 @@ def test_killed_before_each_step_that_touches_a_file(root, tmp_path, monkeypatch
 
 SCRIPT = """
 import sys
-from tinygptq import resume
+from tinygptq.quantization import resume
 from tinygptq.cli import main
 resume.SAVE_SHARE = float(sys.argv[1])
 sys.exit(main(sys.argv[2:]))
@@ -289,7 +291,7 @@ def test_with_resume_a_failure_leaves_what_is_done(root, tmp_path, monkeypatch, 
 
 
 def test_with_resume_too_nothing_stays_of_no_block(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantization, "_replace", stop)
+    monkeypatch.setattr(block_loop, "_replace", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         run(root, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

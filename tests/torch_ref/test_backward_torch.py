@@ -7,7 +7,7 @@ import pytest
 from helpers import random_llama_folder
 
 from tinygptq import backward, ops
-from tinygptq.checkpoint import load_checkpoint
+from tinygptq.folders.checkpoint import load_checkpoint
 from tinygptq.kernels import cpu
 from tinygptq.model import Llama
 

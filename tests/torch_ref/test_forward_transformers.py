@@ -10,8 +10,8 @@ from helpers import random_llama_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.errors import TinyGPTQError
+from tinygptq.folders.checkpoint import load_checkpoint
 from tinygptq.kvcache import KVCache
 from tinygptq.model import Llama
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from helpers import random_llama_folder, random_solutions, solve_all, write_quantized
 
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.config import QuantizeConfig
+from tinygptq.folders.checkpoint import load_checkpoint
 from tinygptq.model import Llama
 
 torch = pytest.importorskip("torch")

@@ -6,8 +6,8 @@ import local_tasks
 import pytest
 
 import tinygptq
-from tinygptq.harness import harness_model
-from tinygptq.harness_run import Options, _task_manager, run_tasks
+from tinygptq.measure.harness import harness_model
+from tinygptq.measure.harness_run import Options, _task_manager, run_tasks
 
 torch = pytest.importorskip("torch")
 lm_eval = pytest.importorskip("lm_eval")

@@ -7,7 +7,7 @@ import pytest
 
 import tinygptq
 from tinygptq.calibrate import evaluation_text
-from tinygptq.evaluate import perplexity
+from tinygptq.measure.evaluate import perplexity
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tinygptq
-from tinygptq.checkpoint import load_checkpoint
+from tinygptq.folders.checkpoint import load_checkpoint
 from tinygptq.model import Llama
 
 torch = pytest.importorskip("torch")

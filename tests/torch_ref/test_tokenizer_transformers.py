@@ -21,8 +21,10 @@ PARTS = ["a", "B", " ", "  ", "\n", "é", "日", "😀", "the cat", "s", "123", 
 def texts(specials: list[str], count: int = 400) -> list[str]:
     """Random texts, the same in every run, of ordinary parts and (one in five) special tokens."""
     rng = random.Random(1)
-    return ["".join(rng.choice(PARTS if rng.random() < 0.8 else specials) for _ in range(rng.randint(0, 9)))
-            for _ in range(count)]
+    return [
+        "".join(rng.choice(PARTS if rng.random() < 0.8 else specials) for _ in range(rng.randint(0, 9)))
+        for _ in range(count)
+    ]
 
 
 def llama_merges(model, vocab: dict[str, int]) -> list[tuple[str, str]]:
@@ -106,8 +108,11 @@ def test_any_byte_level_ids_decode_as_in_transformers(smollm2):
 @pytest.mark.slow
 def test_chat_template_equals_transformers(smollm2):
     ours, theirs = Tokenizer.from_folder(smollm2), transformers.AutoTokenizer.from_pretrained(smollm2)
-    messages = [{"role": "user", "content": "Hi <b>"}, {"role": "assistant", "content": "Hello"},
-                {"role": "user", "content": "Why?\n"}]
+    messages = [
+        {"role": "user", "content": "Hi <b>"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Why?\n"},
+    ]
     for prompt in (True, False):
         expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         assert render_chat(ours.chat_template, messages, theirs.bos_token, theirs.eos_token, prompt) == expected

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from helpers import random_llama_folder, save_byte_tokenizer, write_quantized
 
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.cli import main
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.validate import DECODERS, ENGINES, Difference, validate
+from tinygptq.folders.checkpoint import load_checkpoint
+from tinygptq.measure.validate import DECODERS, ENGINES, Difference, validate
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -28,8 +28,11 @@ def register(command) -> None:
     parser = command("chat", _chat, "a conversation in the terminal; /help there lists what else it can do")
     add = parser.add_argument
     add_model(parser)
-    add("--template", choices=["folder", *sorted(TEMPLATES)], help="how turns are written (default: the folder's own chat "
-        "template, or none where it has none)")
+    add(
+        "--template",
+        choices=["folder", *sorted(TEMPLATES)],
+        help="how turns are written (default: the folder's own chat template, or none where it has none)",
+    )
     add("--system", metavar="TEXT", help="a system message")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default: %(default)s)")
     add_sampling(parser)

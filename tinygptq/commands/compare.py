@@ -30,8 +30,8 @@ def _compare(args: argparse.Namespace) -> None:
     import numpy as np
 
     from tinygptq.calibrate import evaluation_text
-    from tinygptq.compare import compare, plot
     from tinygptq.language_model import load
+    from tinygptq.measure.compare import compare, plot
 
     if args.plot is not None and args.plot.suffix.lower() != ".png":
         raise TinyGPTQError(f"--plot {args.plot}: expected a name that ends in .png")

@@ -38,7 +38,7 @@ def register(command: Callable) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from tinygptq.convert import convert
-    from tinygptq.hub import resolve
+    from tinygptq.release.hub import resolve
 
     source = Path(args.src)
     if not source.is_file():
@@ -55,7 +55,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _recover(args: argparse.Namespace) -> None:
-    from tinygptq.weight_diff import recover
+    from tinygptq.release.weight_diff import recover
 
     done = recover(
         args.path_raw,
@@ -75,6 +75,6 @@ def _recover(args: argparse.Namespace) -> None:
 
 
 def _shard_size(text: str | None) -> int | None:
-    from tinygptq.shards import parse_size
+    from tinygptq.folders.shards import parse_size
 
     return None if text is None else parse_size(text)

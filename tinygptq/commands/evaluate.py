@@ -21,17 +21,31 @@ def register(command) -> None:
     add("--list", action="store_true", help="list the suites and stop")
     add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: as the task or suite says)")
     add("--limit", type=float, metavar="N", help="only the first N documents of a task, or that share of them if below 1")
-    add("--batch-size", type=int, metavar="N", help="sequences scored in one pass at most (default: as many as pay), and "
-        "on a GPU answered together, 16 at most (default: 1, for each takes a cache of its own)")
-    add("--apply-chat-template", nargs="?", const="folder", metavar="NAME", help="write prompts as conversations, in the "
-        "folder's chat template or a named one")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="sequences scored in one pass at most (default: as many as pay), and "
+        "on a GPU answered together, 16 at most (default: 1, for each takes a cache of its own)",
+    )
+    add(
+        "--apply-chat-template",
+        nargs="?",
+        const="folder",
+        metavar="NAME",
+        help="write prompts as conversations, in the folder's chat template or a named one",
+    )
     add("--system", metavar="TEXT", help="a system message")
     add("--no-multiturn", action="store_true", help="all examples in one user message, with a chat template")
     add("--gen-kwargs", metavar="KEY=VALUE,...", help="generation settings that override the tasks'")
     add("--include-path", type=Path, metavar="FOLDER", help="more tasks, as YAML files")
     add("--output", type=Path, metavar="FOLDER", help="write results and every sample there, in the harness's form")
-    add("--cache", type=Path, metavar="FILE", help="keep answers as they come in FILE-..., a file for each model, and go on "
-        "from it")
+    add(
+        "--cache",
+        type=Path,
+        metavar="FILE",
+        help="keep answers as they come in FILE-..., a file for each model, and go on from it",
+    )
     add("--seed", type=int, default=1234, help="of the choice of examples (default: %(default)s)")
     add("--run-code", action="store_true", help="allow tasks to run programs that the model writes, unprotected")
     add_json(parser)
@@ -39,9 +53,9 @@ def register(command) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from tinygptq.benchmarks import SUITES
-    from tinygptq.harness_run import Options, run_tasks
     from tinygptq.language_model import load
+    from tinygptq.measure.benchmarks import SUITES
+    from tinygptq.measure.harness_run import Options, run_tasks
 
     if args.list:
         for name, suite in SUITES.items():

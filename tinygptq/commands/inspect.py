@@ -32,8 +32,8 @@ def register(command: Callable) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from tinygptq.hub import resolve
-    from tinygptq.inspect_folder import as_dict, as_text, inspect_folder
+    from tinygptq.release.hub import resolve
+    from tinygptq.release.inspect_folder import as_dict, as_text, inspect_folder
 
     found = inspect_folder(resolve(args.model, args.revision))
     print(json.dumps(as_dict(found)) if args.json else as_text(found))
@@ -44,7 +44,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _size(args: argparse.Namespace) -> None:
     from tinygptq.cuda.memory import predict
-    from tinygptq.sizes import sizes
+    from tinygptq.folders.sizes import sizes
 
     if args.all_branches and (args.bits is not None or args.group_size is not None):
         raise TinyGPTQError("--all-branches has bits and group sizes of its own; leave out --bits and --group-size")
@@ -76,14 +76,14 @@ def _config_path(model: str, revision: str | None) -> Path:
         return path
     if path.is_dir():
         return path / "config.json"
-    from tinygptq.hub import resolve
+    from tinygptq.release.hub import resolve
 
     return resolve(model, revision, weights=False) / "config.json"
 
 
 def _quantization(path: Path, bits: int | None, group: int | None) -> QuantizeConfig | None:
     """As the options say, else as the folder says it is quantised; None for fp16."""
-    from tinygptq.gptq_configs import find_quantize_config
+    from tinygptq.folders.gptq_configs import find_quantize_config
 
     stated = find_quantize_config(path.parent) if path.name == "config.json" else None
     if bits is None and group is None:
@@ -94,8 +94,8 @@ def _quantization(path: Path, bits: int | None, group: int | None) -> QuantizeCo
 
 def _print_branches(config: LlamaConfig, as_json: bool) -> None:
     """The model card's table, its sizes in decimal GB."""
-    from tinygptq.loaders import Loadable, who_can_load
-    from tinygptq.sizes import sizes
+    from tinygptq.folders.sizes import sizes
+    from tinygptq.release.loaders import Loadable, who_can_load
 
     rows = []
     for name, branch in BRANCHES.items():

@@ -15,13 +15,25 @@ def register(command) -> None:
     parser = command("perplexity", _perplexity, "perplexity over windows of a text, as papers measure it")
     add = parser.add_argument
     add_model(parser)
-    add("--dataset", required=True, metavar="NAME|FILE", help="wikitext2, ptb or c4 in its published form (the test split; "
-        "of c4 256 windows of the validation split), or a .txt or .jsonl file as it is")
-    add("--protocol", choices=("wikitext2",), help="read FILE as WikiText-2's raw split and join its rows by blank lines, "
-        "as for the published figures")
+    add(
+        "--dataset",
+        required=True,
+        metavar="NAME|FILE",
+        help="wikitext2, ptb or c4 in its published form (the test split; "
+        "of c4 256 windows of the validation split), or a .txt or .jsonl file as it is",
+    )
+    add(
+        "--protocol",
+        choices=("wikitext2",),
+        help="read FILE as WikiText-2's raw split and join its rows by blank lines, as for the published figures",
+    )
     add("--seqlen", type=int, default=2048, help="tokens in a window (default: %(default)s)")
-    add("--stride", type=int, metavar="N", help="windows begin N tokens apart, and a token is predicted in the first that "
-        "reaches it (default: no overlap)")
+    add(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="windows begin N tokens apart, and a token is predicted in the first that reaches it (default: no overlap)",
+    )
     add("--max-windows", type=int, metavar="N", help="stop after N windows")
     add_json(parser)
     add_device(parser)

@@ -35,8 +35,12 @@ def register(command: Callable) -> None:
     add("--perplexity", metavar="NAME|FILE", help="measure each branch on this text, in windows of --seqlen")
     add("--max-windows", type=int, metavar="N", help="measure on N windows at most")
     add("--only", nargs="+", default=[], metavar="NAME", choices=tuple(BRANCHES), help="some of the branches")
-    add("--cluster", metavar="local|ADDRESS", help="run them as jobs on a Dask cluster: two processes of this machine, or "
-        "the scheduler at ADDRESS, whose workers must share the files of SRC, OUT and the texts (a shared file system)")
+    add(
+        "--cluster",
+        metavar="local|ADDRESS",
+        help="run them as jobs on a Dask cluster: two processes of this machine, or "
+        "the scheduler at ADDRESS, whose workers must share the files of SRC, OUT and the texts (a shared file system)",
+    )
     _add_card_options(branches)
 
     card = command("card", _card, "write the model card of quantised folders, from what they hold")
@@ -61,8 +65,8 @@ def _card_facts(args: argparse.Namespace) -> dict:
 
 
 def _branches(args: argparse.Namespace) -> None:
-    from tinygptq.card import readable_size
-    from tinygptq.publish import Recipe, publish
+    from tinygptq.release.card import readable_size
+    from tinygptq.release.publish import Recipe, publish
 
     recipe = Recipe(args.dataset, args.nsamples, args.seqlen, args.seed, args.template, args.perplexity, args.max_windows)
     outcomes = publish(args.src, args.out, recipe, only=args.only, cluster=args.cluster, revision=args.revision,
@@ -78,8 +82,8 @@ def _branches(args: argparse.Namespace) -> None:
 
 
 def _card(args: argparse.Namespace) -> None:
-    from tinygptq.card import ModelFacts, model_card, provided_files
-    from tinygptq.facts import replace_text
+    from tinygptq.release.card import ModelFacts, model_card, provided_files
+    from tinygptq.release.facts import replace_text
 
     folders = [Path(folder) for folder in args.folders]
     files = provided_files(folders)

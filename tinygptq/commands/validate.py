@@ -23,17 +23,22 @@ def register(command) -> None:
     add("--reference", metavar="MODEL", help="what transformers runs, where it is another folder: an original beside a copy")
     add("--text", default=TEXT, metavar="TEXT", help="what to run (default: a few sentences)")
     add("--tokens", type=int, default=48, metavar="N", help="its first N tokens (default: %(default)s)")
-    add("--tolerance", type=float, default=1e-3, metavar="F", help="largest difference allowed, as a share of the root mean "
-        "square of torch's values (default: %(default)s)")
+    add(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        metavar="F",
+        help="largest difference allowed, as a share of the root mean square of torch's values (default: %(default)s)",
+    )
     add_json(parser)
 
 
 def _validate(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from tinygptq.hub import resolve
+    from tinygptq.measure.validate import validate
+    from tinygptq.release.hub import resolve
     from tinygptq.tokenizer import Tokenizer
-    from tinygptq.validate import validate
 
     if args.tokens < 1:
         raise TinyGPTQError(f"--tokens is {args.tokens}, expected at least 1")

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from tinygptq.checkpoint import linear_names, norm_names
 from tinygptq.config import LlamaConfig, QuantizeConfig, read_json
 from tinygptq.convert.source import Source
 from tinygptq.errors import TinyGPTQError
+from tinygptq.folders.checkpoint import linear_names, norm_names
+from tinygptq.folders.tensor_folder import INTEGERS, Tensors
 from tinygptq.packing import PackedLinear, pack
-from tinygptq.tensor_folder import INTEGERS, Tensors
 
 FIELD_OUTPUT = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ's order for its fp16 kernels
 BITS = 4  # all that the gemm version has
@@ -124,13 +124,13 @@ def _group_size(folder: Path, facts: dict[str, Any]) -> int:
     return group
 
 
-def _take_parts(
-    tensors: Tensors, name: str, in_features: int, out_features: int, group_size: int
-) -> dict[str, np.ndarray]:
+def _take_parts(tensors: Tensors, name: str, in_features: int, out_features: int, group_size: int) -> dict[str, np.ndarray]:
     rows = in_features if group_size == -1 else group_size
     if in_features % rows or in_features % PER_WORD or out_features % PER_WORD:
-        raise TinyGPTQError(f"{tensors.folder}: {name}: [{in_features}, {out_features}] is no whole number of groups of "
-                            f"{rows} and of 32-bit words")
+        raise TinyGPTQError(
+            f"{tensors.folder}: {name}: [{in_features}, {out_features}] is no whole number of groups of "
+            f"{rows} and of 32-bit words"
+        )
     groups, words = in_features // rows, out_features // PER_WORD
     return {
         "qweight": tensors.take(f"{name}.qweight", (in_features, words), INTEGERS),

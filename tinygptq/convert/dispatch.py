@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinygptq.checkpoint import load_checkpoint
 from tinygptq.convert.awq import awq_facts, read_awq
 from tinygptq.convert.gguf_model import convert_gguf
 from tinygptq.convert.pickles import pickle_files, refuse, write_safetensors
 from tinygptq.convert.source import Source, source_of
 from tinygptq.convert.writers import write_dense, write_gptq
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import copy_companions, new_folder
+from tinygptq.folders.checkpoint import load_checkpoint
+from tinygptq.folders.export import copy_companions, new_folder
 
 log = logging.getLogger(__name__)
 
@@ -161,8 +161,10 @@ def _from_folder(place: Path, folder: Path, to: str | None, max_shard_size: int 
     source = read_awq(place, facts) if facts is not None else source_of(load_checkpoint(place))
     if source.quantization is None:
         if to is None:
-            raise TinyGPTQError(f"{place}: is an unquantised Hugging Face folder already; --to fp16 or fp32 changes its "
-                                "dtype, tinygptq quantize quantises it")
+            raise TinyGPTQError(
+                f"{place}: is an unquantised Hugging Face folder already; --to fp16 or fp32 changes its "
+                "dtype, tinygptq quantize quantises it"
+            )
         kind = "dense"
     else:
         kind = "awq" if facts is not None else source.quantization.checkpoint_format

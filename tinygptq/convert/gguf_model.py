@@ -23,11 +23,11 @@ from tinygptq.convert.gguf_tokenizer import special_ids, write_tokenizer
 from tinygptq.convert.source import missing_biases
 from tinygptq.convert.writers import to_dtype
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import write_json
+from tinygptq.folders.export import write_json
+from tinygptq.folders.shards import ShardedWriter
+from tinygptq.folders.sizes import dense_layout
+from tinygptq.folders.tensorfile import Layout
 from tinygptq.ops import rope_frequencies
-from tinygptq.shards import ShardedWriter
-from tinygptq.sizes import dense_layout
-from tinygptq.tensorfile import Layout
 
 log = logging.getLogger(__name__)
 
@@ -218,8 +218,13 @@ def llama3_scaling(factors: np.ndarray, config: LlamaConfig, where: Path) -> dic
         scaling = RopeScaling("llama3", factor, 1.0, 4.0, 2**power)
         scaled = rope_frequencies(replace(config, rope_scaling=scaling), 1)
         if factors.shape == plain.shape and np.allclose(plain / scaled, factors, rtol=1e-4, atol=0):
-            return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 2**power}
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 2**power,
+            }
     raise TinyGPTQError(f"{where}: {ROPE_FACTORS} is no llama3 scaling with the published bounds (1 and 4)")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import write_json
+from tinygptq.folders.export import write_json
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +25,7 @@ END_KEYS = ("eos", "eot", "eom")  # ends of sequence, turn and message: generati
 # How "pre" cuts words (llama.cpp, llm_tokenizer_bpe): each rule is applied to the pieces that the one before it left.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-LLAMA3_WORDS = CONTRACTIONS + (
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_WORDS = CONTRACTIONS + (r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 DEFAULT_WORDS = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")
 WORD_RULES: dict[str, tuple[str, ...]] = {
@@ -81,8 +79,13 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path, max_length: int, whe
     else:
         prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         # legacy, as llama.cpp does it: the leading space also follows a special token inside a text
-        config = {"tokenizer_class": "LlamaTokenizer", **rules, "add_prefix_space": prefix, "legacy": True,
-                  "added_tokens_decoder": _added_tokens(tokens, kinds)}
+        config = {
+            "tokenizer_class": "LlamaTokenizer",
+            **rules,
+            "add_prefix_space": prefix,
+            "legacy": True,
+            "added_tokens_decoder": _added_tokens(tokens, kinds),
+        }
         scores = _list(metadata, "scores", float, where, len(tokens))
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(tokens, scores, kinds, ids, prefix, where))
     named = {f"{name}_token": tokens[id] for name, id in ids.items()}

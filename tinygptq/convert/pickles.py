@@ -13,8 +13,8 @@ import numpy as np
 
 from tinygptq.config import read_json
 from tinygptq.errors import TinyGPTQError
-from tinygptq.shards import ShardedWriter
-from tinygptq.tensorfile import NAMES
+from tinygptq.folders.shards import ShardedWriter
+from tinygptq.folders.tensorfile import NAMES
 
 SUFFIXES = (".bin", ".pt", ".pth")
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # what trainers leave beside them
@@ -31,8 +31,10 @@ def pickle_files(source: Path) -> list[Path]:
     whole = [path for path in files if path.name == "pytorch_model.bin"]
     if whole or len(files) <= 1:
         return whole or files
-    raise TinyGPTQError(f"{source}: holds several pickles ({', '.join(path.name for path in files[:4])}) and no {INDEX}; "
-                        "give the one that is meant")
+    raise TinyGPTQError(
+        f"{source}: holds several pickles ({', '.join(path.name for path in files[:4])}) and no {INDEX}; "
+        "give the one that is meant"
+    )
 
 
 def _indexed(index: Path) -> list[Path]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinygptq.checkpoint import Checkpoint, linear_names
 from tinygptq.config import LlamaConfig, QuantizeConfig
+from tinygptq.folders.checkpoint import Checkpoint, linear_names
 from tinygptq.packing import PackedLinear
 
 log = logging.getLogger(__name__)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tinygptq.checkpoint import linear_names
 from tinygptq.config import QuantizeConfig
 from tinygptq.convert.source import Source, missing_biases
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import require_packable, to_half, write_configs
+from tinygptq.folders.checkpoint import linear_names
+from tinygptq.folders.export import require_packable, to_half, write_configs
+from tinygptq.folders.shards import ShardedWriter
 from tinygptq.packing import PackedLinear, pack, unpack
-from tinygptq.shards import ShardedWriter
 
 log = logging.getLogger(__name__)
 

@@ -63,9 +63,7 @@ def find_grid(W: np.ndarray, bits: int, sym: bool, storage: str = "gptq") -> tup
     return scale, zero
 
 
-def search_clip(
-    W: np.ndarray, scale: np.ndarray, zero: np.ndarray, maxq: int, importance: np.ndarray
-) -> np.ndarray:
+def search_clip(W: np.ndarray, scale: np.ndarray, zero: np.ndarray, maxq: int, importance: np.ndarray) -> np.ndarray:
     """Narrow each row's grid where that rounds the group better: of the scales ``clip * scale``, clip in `CLIPS`, the one
     with the smallest ``sum_k importance[k] * (w[k] - q[k])^2``, the first of equals.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygptq.checkpoint import Checkpoint
+from tinygptq.folders.checkpoint import Checkpoint
 from tinygptq.kernels.cuda.runtime import cupy
 from tinygptq.weights import DenseLinear, Linear
 

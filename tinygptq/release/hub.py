@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import COMPANIONS
+from tinygptq.folders.export import COMPANIONS
 
 CONFIGS = ("config.json", "quantize_config.json", "quant_config.json")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")  # never pickles, and no GGUF: they are other copies of the model

@@ -2,8 +2,8 @@
 
 Its outline is that of the GPTQ releases people know: YAML front matter, prompt template, a table of provided files with the
 parameters explained, downloading, Python, compatibility, the original card. Every figure of the table is read from the
-folders themselves: sizes from the files, the rest from what was noted when they were made (:mod:`tinygptq.facts`), and who
-can load them is what :mod:`tinygptq.inspect_folder` finds.
+folders themselves: sizes from the files, the rest from what was noted when they were made
+(:mod:`tinygptq.release.facts`), and who can load them is what :mod:`tinygptq.release.inspect_folder` finds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 from tinygptq.branches import BRANCHES
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.facts import read_meta
-from tinygptq.hub import model_name
-from tinygptq.inspect_folder import inspect_folder
+from tinygptq.release.facts import read_meta
+from tinygptq.release.hub import model_name
+from tinygptq.release.inspect_folder import inspect_folder
 from tinygptq.templates import get_template
 
 HUB = "https://huggingface.co"

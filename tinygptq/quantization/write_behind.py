@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from tinygptq.export import QuantizedFolderWriter
+from tinygptq.folders.export import QuantizedFolderWriter
 
 AHEAD = 7  # linears that may wait to be written, a block's; more would fill memory when the disk is slow
 

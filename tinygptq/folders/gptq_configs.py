@@ -12,8 +12,8 @@ import numpy as np
 
 from tinygptq.config import SUPPORTED_BITS, QuantizeConfig, read_json
 from tinygptq.errors import TinyGPTQError
+from tinygptq.folders.tensor_folder import Tensors
 from tinygptq.packing import unpack
-from tinygptq.tensor_folder import Tensors
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 Shapes = Iterable[tuple[str, tuple[int, int]]]  # name of a linear, (in_features, out_features)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinygptq import benchmarks
-from tinygptq.benchmarks import SUITES
 from tinygptq.errors import TinyGPTQError
-from tinygptq.harness import FOLDER_TEMPLATE, harness_model
 from tinygptq.language_model import LanguageModel
+from tinygptq.measure import benchmarks
+from tinygptq.measure.benchmarks import SUITES
+from tinygptq.measure.harness import FOLDER_TEMPLATE, harness_model
 from tinygptq.templates import get_template
 
 

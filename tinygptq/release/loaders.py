@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinygptq.config import QuantizeConfig
-from tinygptq.gptq_configs import name_tool
-from tinygptq.gptq_files import FLOAT_ZEROS, NO_G_IDX, WITH_G_IDX, LinearFacts
+from tinygptq.folders.gptq_configs import name_tool
+from tinygptq.folders.gptq_files import FLOAT_ZEROS, NO_G_IDX, WITH_G_IDX, LinearFacts
 
 Reasons = Iterator[str]
 JOINED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # what servers make one matrix of

@@ -17,7 +17,7 @@ from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq import Factor
 from tinygptq.gptq.grid import dequantize, quantize
 from tinygptq.ops import array_module
-from tinygptq.placement import Host
+from tinygptq.quantization.placement import Host
 
 log = logging.getLogger("tinygptq")
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from tinygptq.checkpoint import Checkpoint, linear_names, norm_names
 from tinygptq.config import LlamaConfig, QuantizeConfig, read_json
 from tinygptq.errors import TinyGPTQError
+from tinygptq.folders.checkpoint import Checkpoint, linear_names, norm_names
+from tinygptq.folders.tensorfile import TensorFileWriter
 from tinygptq.gptq import Solution
 from tinygptq.ops import array_module
 from tinygptq.packing import pack, unpack
-from tinygptq.tensorfile import TensorFileWriter
 
 # Copied as they are. Weights and both configs are written anew; anything else in the source folder stays there.
 COMPANIONS = (

@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tinygptq import threads
-from tinygptq.checkpoint import Checkpoint
 from tinygptq.config import LlamaConfig, QuantizeConfig
-from tinygptq.export import gptq_tensors
+from tinygptq.folders.checkpoint import Checkpoint
+from tinygptq.folders.export import gptq_tensors
+from tinygptq.folders.gptq_files import from_gptq
 from tinygptq.gptq import Hessian, Solution
 from tinygptq.gptq.drift import Cross
-from tinygptq.gptq_files import from_gptq
 from tinygptq.model import Llama
 from tinygptq.packing import PackedLinear
 from tinygptq.weights import DenseLinear, Linear, Weights

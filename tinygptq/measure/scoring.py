@@ -15,11 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.evaluate import ROWS_AT_ONCE, cross_entropy
 from tinygptq.kvcache import KVCache
+from tinygptq.measure.evaluate import ROWS_AT_ONCE, cross_entropy
+from tinygptq.measure.shared_prefix import Batch, ForkedCache, common_length, plan
 from tinygptq.model import Llama
 from tinygptq.ops import array_module, softmax
-from tinygptq.shared_prefix import Batch, ForkedCache, common_length, plan
 from tinygptq.tokenizer import Tokenizer
 
 MAX_BATCH = 64

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from tinygptq.checkpoint import Checkpoint
 from tinygptq.config import RECIPES, LlamaConfig, QuantizeConfig, Recipe
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import gptq_tensors, solution_of
+from tinygptq.folders.checkpoint import Checkpoint
+from tinygptq.folders.export import gptq_tensors, solution_of
+from tinygptq.folders.tensorfile import TensorFile
 from tinygptq.gptq import Hessian, Solution
 from tinygptq.gptq.drift import Cross
 from tinygptq.kernels.cuda import calibration, solver
@@ -31,8 +32,7 @@ from tinygptq.kernels.cuda.hessian import HalfHessian
 from tinygptq.kernels.cuda.runtime import cupy
 from tinygptq.kernels.cuda.transfer import BlockReader, HostBatches, block_linears, on_card, on_card_if_any
 from tinygptq.model import Llama
-from tinygptq.placement import TOKENS_AT_ONCE, Clock, Host
-from tinygptq.tensorfile import TensorFile
+from tinygptq.quantization.placement import TOKENS_AT_ONCE, Clock, Host
 from tinygptq.weights import DenseLinear, Linear, Weights
 
 log = logging.getLogger("tinygptq")

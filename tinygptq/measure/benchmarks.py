@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TASKS = Path(__file__).parent / "assets" / "tasks"
+TASKS = Path(__file__).parents[1] / "assets" / "tasks"
 SAMPLE_SEED = 42
 GSM_SAMPLE = 200  # of 1,319: the paper found the score the same
 BBH_SAMPLE = 40  # of each task's 250

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.errors import TinyGPTQError
+from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.kvcache import KVCache
 from tinygptq.model import Llama
 

@@ -12,7 +12,7 @@ from tinygptq.backward import output_gradients
 from tinygptq.gptq import Hessian
 from tinygptq.model import Llama
 from tinygptq.ops import array_module, to_numpy
-from tinygptq.placement import Host
+from tinygptq.quantization.placement import Host
 
 TOKENS = 4096  # of the calibration text: twice as many lower the divergence by 3 % more, and take as long as all of GPTQ
 TOKENS_AT_ONCE = 2048

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tinygptq.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import new_folder, to_half, write_configs
-from tinygptq.shards import ShardedWriter
+from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
+from tinygptq.folders.export import new_folder, to_half, write_configs
+from tinygptq.folders.shards import ShardedWriter
 from tinygptq.tokenizer_rules import FolderRules
 from tinygptq.weights import DenseLinear
 
@@ -88,9 +88,7 @@ def named_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return tensors
 
 
-def match(
-    raw: Checkpoint, before: dict[str, np.ndarray], diff: Checkpoint, change: dict[str, np.ndarray]
-) -> frozenset[str]:
+def match(raw: Checkpoint, before: dict[str, np.ndarray], diff: Checkpoint, change: dict[str, np.ndarray]) -> frozenset[str]:
     """Check that the two belong together; returns the names whose original lacks the row for "[PAD]".
 
     Raises:
@@ -141,7 +139,9 @@ def compare(name: str, raw: np.ndarray, tuned: np.ndarray, diff: np.ndarray) -> 
         error = np.abs(before - (after - change))
         if not (error <= relative * np.abs(after) + absolute).all():  # also true of NaN
             worst = int(np.argmax(np.nan_to_num(error - relative * np.abs(after), nan=np.inf)))
-            raise TinyGPTQError(f"tensor {name}: raw is {before[worst]:.9g} and tuned - diff is "
-                                f"{after[worst] - change[worst]:.9g}, which is more than rounding")
+            raise TinyGPTQError(
+                f"tensor {name}: raw is {before[worst]:.9g} and tuned - diff is "
+                f"{after[worst] - change[worst]:.9g}, which is more than rounding"
+            )
         largest = max(largest, float(error.max(initial=0.0)))
     return largest

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import write_json
-from tinygptq.tensorfile import Layout, TensorFileWriter
+from tinygptq.folders.export import write_json
+from tinygptq.folders.tensorfile import Layout, TensorFileWriter
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

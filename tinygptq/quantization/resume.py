@@ -41,9 +41,9 @@ import numpy as np
 from tinygptq import threads
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.export import QuantizedFolderWriter, require_free
-from tinygptq.facts import made_by
-from tinygptq.tensorfile import TensorFile
+from tinygptq.folders.export import QuantizedFolderWriter, require_free
+from tinygptq.folders.tensorfile import TensorFile
+from tinygptq.release.facts import made_by
 
 try:
     import fcntl

@@ -1,8 +1,8 @@
 """Folders to weights: Hugging Face checkpoints in fp16, bf16 or fp32, and GPTQ ones of every generation.
 
 What comes out is clean: dense linears as memory-mapped views, packed ones with rows sorted by group and true zero points.
-How a GPTQ folder's config is found is in :mod:`tinygptq.gptq_configs`, how its tensors are read in
-:mod:`tinygptq.gptq_files`; writing is the other half: :mod:`tinygptq.export`.
+How a GPTQ folder's config is found is in :mod:`tinygptq.folders.gptq_configs`, how its tensors are read in
+:mod:`tinygptq.folders.gptq_files`; writing is the other half: :mod:`tinygptq.folders.export`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 
 from tinygptq.config import LlamaConfig, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.gptq_configs import Quantization, find_quantization, find_quantize_config, infer_quantization
-from tinygptq.gptq_files import LinearFacts, from_gptq, read_gptq, take_parts
-from tinygptq.tensor_folder import Tensors
+from tinygptq.folders.gptq_configs import Quantization, find_quantization, find_quantize_config, infer_quantization
+from tinygptq.folders.gptq_files import LinearFacts, from_gptq, read_gptq, take_parts
+from tinygptq.folders.tensor_folder import Tensors
 from tinygptq.weights import DenseLinear, Linear, Weights
 
 __all__ = ["Checkpoint", "FileFacts", "Tensors", "dense_tensors", "find_quantize_config", "from_gptq", "linear_names",

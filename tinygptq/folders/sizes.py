@@ -7,10 +7,10 @@ from math import prod
 
 import numpy as np
 
-from tinygptq.checkpoint import linear_names, norm_names
 from tinygptq.config import LlamaConfig, QuantizeConfig
-from tinygptq.export import require_packable, tensor_layout
-from tinygptq.tensorfile import Layout, plan_file
+from tinygptq.folders.checkpoint import linear_names, norm_names
+from tinygptq.folders.export import require_packable, tensor_layout
+from tinygptq.folders.tensorfile import Layout, plan_file
 
 KV_TOKENS = 1000
 

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.evaluate import perplexity_of
+from tinygptq.measure.evaluate import perplexity_of
 from tinygptq.model import Llama
 from tinygptq.ops import array_module, to_numpy
 from tinygptq.tokenizer import Tokenizer

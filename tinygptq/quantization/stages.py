@@ -10,8 +10,8 @@ import numpy as np
 from tinygptq.config import Recipe
 from tinygptq.gptq.drift import Cross
 from tinygptq.model import Llama
-from tinygptq.placement import Host
-from tinygptq.sensitivity import output_matrices
+from tinygptq.quantization.placement import Host
+from tinygptq.quantization.sensitivity import output_matrices
 from tinygptq.weights import DenseLinear, Weights
 
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")  # the linears whose outputs are added to the residual stream

@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from tinygptq.branches import BRANCHES
-from tinygptq.card import MARK, ModelFacts, ProvidedFile, model_card
-from tinygptq.checkpoint import find_quantize_config
 from tinygptq.config import LlamaConfig, QuantizeConfig, read_json
 from tinygptq.errors import TinyGPTQError
-from tinygptq.evaluate import Perplexity
-from tinygptq.facts import calibration_facts, read_meta, replace_text, text_facts, update_meta
-from tinygptq.hub import model_name, resolve
+from tinygptq.folders.checkpoint import find_quantize_config
+from tinygptq.folders.tensorfile import TensorFile
 from tinygptq.language_model import load
-from tinygptq.quantization import quantize
-from tinygptq.resume import remove_leftovers
-from tinygptq.tensorfile import TensorFile
+from tinygptq.measure.evaluate import Perplexity
+from tinygptq.quantization.resume import remove_leftovers
+from tinygptq.quantization.run import quantize
+from tinygptq.release.card import MARK, ModelFacts, ProvidedFile, model_card
+from tinygptq.release.facts import calibration_facts, read_meta, replace_text, text_facts, update_meta
+from tinygptq.release.hub import model_name, resolve
 
 log = logging.getLogger("tinygptq")
 
@@ -92,7 +92,7 @@ def publish(
         only: names of branches, instead of all. Folders of the others are left alone, and are on the card if they exist.
         cluster: None runs one after another here; ``local`` on two processes of this machine; else a Dask scheduler's
             address. Its workers need tinygptq and must see ``src``, ``out`` and the texts under the same paths.
-        card: what :meth:`tinygptq.card.ModelFacts.of` takes.
+        card: what :meth:`tinygptq.release.card.ModelFacts.of` takes.
 
     Returns:
         An outcome for each branch, failed ones included (also an earlier one that has broken), in the order of BRANCHES.

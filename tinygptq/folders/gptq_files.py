@@ -22,9 +22,9 @@ import numpy as np
 
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
+from tinygptq.folders.tensor_folder import INTEGERS, Tensors
+from tinygptq.folders.tensorfile import DTYPES
 from tinygptq.packing import PackedLinear, pack, unpack
-from tinygptq.tensor_folder import INTEGERS, Tensors
-from tinygptq.tensorfile import DTYPES
 
 FLOAT_ZEROS, NO_G_IDX, WITH_G_IDX = "float zeros", "qzeros", "qzeros and g_idx"
 BORROWING_TOOLS = ("GPTQModel",)  # subtract 1 from whole words of zero points, see v1_zero_points

@@ -11,7 +11,7 @@ import numpy as np
 from tinygptq import threads
 from tinygptq.config import read_json
 from tinygptq.errors import TinyGPTQError
-from tinygptq.tensorfile import DTYPES, TensorFile
+from tinygptq.folders.tensorfile import DTYPES, TensorFile
 
 FLOATS = (DTYPES["F32"], DTYPES["F16"], DTYPES["BF16"])
 INTEGERS = (DTYPES["I32"], DTYPES["U32"])

@@ -1,7 +1,7 @@
 """What a folder is: who quantised it and how, what its bytes are, every problem found, and who can load it.
 
-Where :func:`tinygptq.checkpoint.load_checkpoint` stops at the first problem, this goes on and lists them all; both look at
-each tensor through the same functions.
+Where :func:`tinygptq.folders.checkpoint.load_checkpoint` stops at the first problem, this goes on and lists them all; both
+look at each tensor through the same functions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from tinygptq.checkpoint import (
+from tinygptq.config import LlamaConfig, read_json
+from tinygptq.errors import TinyGPTQError
+from tinygptq.folders.checkpoint import (
     EMBEDDING,
     HEAD,
     FileFacts,
@@ -24,13 +26,11 @@ from tinygptq.checkpoint import (
     quantization_of,
     read_linear,
 )
-from tinygptq.config import LlamaConfig, read_json
-from tinygptq.errors import TinyGPTQError
-from tinygptq.gptq_configs import Quantization, find_quantization, stated_configs
-from tinygptq.gptq_files import LinearFacts
-from tinygptq.loaders import Loadable, remarks, who_can_load
+from tinygptq.folders.gptq_configs import Quantization, find_quantization, stated_configs
+from tinygptq.folders.gptq_files import LinearFacts
+from tinygptq.folders.tensor_folder import Tensors
 from tinygptq.packing import PackedLinear
-from tinygptq.tensor_folder import Tensors
+from tinygptq.release.loaders import Loadable, remarks, who_can_load
 
 KINDS = {  # ending of a tensor's name -> kind, the first that fits
     "qweight": "codes", "qzeros": "zero points", "zeros": "zero points", "scales": "scales", "g_idx": "g_idx",

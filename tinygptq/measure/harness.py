@@ -17,8 +17,8 @@ from tqdm import tqdm
 from tinygptq.errors import TinyGPTQError
 from tinygptq.generate import StoppedText, batch_rows, generate_batch
 from tinygptq.language_model import LanguageModel
+from tinygptq.measure.scoring import MAX_BATCH, Request, Scorer, prefix_token
 from tinygptq.sampling import Sampler, SamplingParams
-from tinygptq.scoring import MAX_BATCH, Request, Scorer, prefix_token
 from tinygptq.templates import Message, render_chat, render_conversation
 
 FOLDER_TEMPLATE = "folder"  # in place of a template's name: the folder's own chat template
@@ -236,4 +236,3 @@ def harness_model(model: LanguageModel, batch_size: int | None = None, template:
         TinyGPTQError: lm-evaluation-harness is not installed.
     """
     return _adapter_class()(model, batch_size, template)
-

@@ -1,0 +1,1 @@
+"""What measures a model: perplexity, scoring and the harness, one model beside another, torch beside all."""

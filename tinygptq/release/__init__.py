@@ -1,0 +1,1 @@
+"""What a released model needs: branches, the card, who can load it, the hub, weight differences."""
