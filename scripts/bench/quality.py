@@ -5,7 +5,7 @@
 
 The reference file holds the original's perplexities and says the protocol; the ids file holds the calibration windows
 [32, 512] and the evaluation windows [12, 2048]. Each configuration is quantised in memory by rounding and by GPTQ, once for
-each recipe.
+each recipe. What RESULTS.json holds already of other recipes stays there, and so does rounding.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ def main() -> None:
     baseline = measure(fast_model(source, dict(source.weights.linears)))
     print(f"fp32: {baseline:.4f} (reference {reference['perplexity_fp32']})\n")
     print(f"{'':22} {'recipe':8} {'here':>9} {'original':>9} {'ratio':>7} {'seconds':>8}")
-    rows, rounded = [], {}
+    known = json.loads(args.out.read_text())["configs"] if args.out and args.out.exists() else []
+    rows = {row["name"]: row for row in known}
+    rounded = {(row["bits"], row["group_size"]): row["rtn"]["perplexity"] for row in known}  # rounding knows no order
     for want in reference["configs"][: args.only]:
         choices = {key: want[key] for key in ("bits", "group_size", "sym")}
-        row = {"name": want["name"], **choices, "desc_act": want["desc_act"]}
-        key = want["bits"], want["group_size"]  # rounding knows no order
+        row = rows.setdefault(want["name"], {"name": want["name"], **choices, "desc_act": want["desc_act"]})
+        key = want["bits"], want["group_size"]
         if key not in rounded:
             rounded[key] = measure(quantized(None, **choices)[0])
         report(want["name"], "rounding", rounded[key], want["perplexity_rtn"])
@@ -69,13 +71,16 @@ def main() -> None:
             report(want["name"], recipe, found, want["perplexity_gptq"], f"{seconds:8.1f}")
             losses = {r.name.removeprefix("model.layers."): r.loss for r in reports[:7]}
             row[recipe] = {"perplexity": found, "original": want["perplexity_gptq"], "layer0_losses": losses}
-        rows.append(row)
-    if args.out:
-        versions = {"tinygptq": __version__, "numpy": np.__version__, "numba": numba.__version__}
-        versions["python"] = platform.python_version()
-        facts = {"date": datetime.date.today().isoformat(), "device": cpu_name(), "versions": versions}
-        result = {**facts, "protocol": reference["protocol"], "perplexity_fp32": baseline, "configs": rows}
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+            if args.out:
+                save(args.out, reference, baseline, list(rows.values()))
+
+
+def save(out: Path, reference: dict, baseline: float, rows: list[dict]) -> None:
+    versions = {"tinygptq": __version__, "numpy": np.__version__, "numba": numba.__version__}
+    versions["python"] = platform.python_version()
+    facts = {"date": datetime.date.today().isoformat(), "device": cpu_name(), "versions": versions}
+    result = {**facts, "protocol": reference["protocol"], "perplexity_fp32": baseline, "configs": rows}
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def report(name: str, recipe: str, found: float, original: float, seconds: str = "") -> None:

@@ -15,7 +15,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -139,13 +138,14 @@ def main() -> None:
     import transformers
 
     import tinygptq
+    from tinygptq.bench import processor_name
 
     peers, found = [theirs(args)], {}
     for recipe in args.recipes:
         found[recipe] = ours(args, recipe)
         peers.append(theirs(args))
     result = {
-        "date": datetime.date.today().isoformat(), "processor": platform.processor() or platform.machine(),
+        "date": datetime.date.today().isoformat(), "processor": processor_name(),
         "threads": args.threads, "model": Path(args.model).name, "tokens": args.nsamples * args.seqlen,
         "bits": 4, "group_size": args.group_size, "seconds": found, "torch_seconds": peers,
         "versions": {"tinygptq": tinygptq.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
