@@ -111,7 +111,7 @@ def test_the_commands_page_has_every_option(site):
 
 def test_the_python_pages_have_the_public_names(site):
     names = {anchor for path in (site / "api").rglob("*.html") for anchor in Page(path).anchors}
-    for name in ("language_model.load", "language_model.LanguageModel", "quantization.quantize", "config.QuantizeConfig",
+    for name in ("language_model.load", "language_model.LanguageModel", "quantization.run.quantize", "config.QuantizeConfig",
                  "gptq.solver.solve", "packing.pack", "packing.PackedLinear", "kernels.reference.matmul",
                  "kernels.cuda.layout.to_device"):  # fmt: skip
         assert f"tinygptq.{name}" in names

@@ -60,7 +60,7 @@ def prefill_plan(config: LlamaConfig, capacity: int, bits: int) -> Plan:
     """Activations of a chunk of a prompt."""
     tokens, hidden = min(CHUNK, capacity), config.hidden_size
     inner, mixed = config.intermediate_size, config.num_attention_heads * config.head_dim
-    plan = {
+    plan: Plan = {
         "h": ((tokens, hidden), FLOAT), "x": ((tokens, hidden), HALF), "y": ((tokens, hidden), HALF),
         "wide": ((tokens, max(qkv_width(config), 2 * inner)), HALF),  # q, k and v; then gate and up
         "z": ((tokens, max(inner, mixed)), HALF),  # the mixture; then SwiGLU's result

@@ -147,36 +147,43 @@ def side_by_side(linears: Sequence[Linear], columns: np.ndarray | None = None) -
     bias = joined_bias(linears)
     if bias is not None and columns is not None:
         bias = bias[columns]
-    if not fits_together(linears):
+    packed = fit_together(linears)
+    if packed is None:
         if any(isinstance(linear, PackedLinear) for linear in linears):
             log.warning("a linear whose groups or order the CUDA kernels do not take is kept in fp16")
         weight = cupy().concatenate([half_of(linear) for linear in linears])
         weight = weight if columns is None else weight[columns]
         return DeviceDense(weight, None if bias is None else cupy().asarray(bias))
-    cp, first = cupy(), linears[0]
+    cp = cupy()
     order = slice(None) if columns is None else columns
     joined = replace(
-        first,
-        qweight=cp.concatenate([cp.asarray(linear.qweight) for linear in linears], axis=1)[:, order],
-        scales=np.concatenate([linear.scales for linear in linears], axis=1)[:, order],
-        zeros=np.concatenate([linear.zeros for linear in linears], axis=1)[:, order],
+        packed[0],
+        qweight=cp.concatenate([cp.asarray(linear.qweight) for linear in packed], axis=1)[:, order],
+        scales=np.concatenate([linear.scales for linear in packed], axis=1)[:, order],
+        zeros=np.concatenate([linear.zeros for linear in packed], axis=1)[:, order],
         bias=bias,
     )
     return to_device(joined)
 
 
-def fits_together(linears: Sequence[Linear]) -> bool:
-    """Whether the packed kernels can take these linears as one."""
-    first = linears[0]
-    if not all(isinstance(linear, PackedLinear) for linear in linears):
-        return False
+def fit_together(linears: Sequence[Linear]) -> list[PackedLinear] | None:
+    """The same linears, where the packed kernels can take them as one."""
+    packed = [linear for linear in linears if isinstance(linear, PackedLinear)]
+    if len(packed) < len(linears):
+        return None
+    first = packed[0]
     if first.in_features % ALIGNED or min(first.group_size, first.in_features) % ALIGNED:
-        return False
-    return all(
+        return None
+    alike = all(
         (linear.bits, linear.group_size, linear.scales.dtype) == (first.bits, first.group_size, first.scales.dtype)
-        and (linear.perm is first.perm or (linear.perm is not None and np.array_equal(linear.perm, first.perm)))
-        for linear in linears
+        and _same_order(linear.perm, first.perm)
+        for linear in packed
     )
+    return packed if alike else None
+
+
+def _same_order(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))
 
 
 def joined_bias(linears: Sequence[Linear]) -> np.ndarray | None:

@@ -117,7 +117,7 @@ def solve(
         raise TinyGPTQError(f"{name}: W is {W.shape}, so H should be [{W.shape[1]}, same], found {factor.dead.shape[0]}")
     W = xp.where(factor.dead, W.dtype.type(0), W)  # (out, in)
     with _named(name):
-        importance = factor.importance.astype(dtype, copy=False) if config.recipe.clip else None
+        importance: Any = factor.importance.astype(dtype, copy=False) if config.recipe.clip else None
         find_grids = _static_grids if method == "definition" else twin_of(method).static_grids
         static = find_grids(W, config, importance) if config.grids_first else None
     k_to_group = xp.arange(W.shape[1]) // config.rows_per_group(W.shape[1])

@@ -6,6 +6,7 @@ model.py) and keeps each stage's activations, so that every linear runs over the
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -101,20 +102,25 @@ def _solve_block_in_stages(
         (GATE_UP, "mlp.down_proj", model.mlp_input, model.mlp_mix),
     )
     for readers, writer, begin, mix in halves:
-        inputs = Activations(place, count, lambda i, begin=begin: begin(layer, hidden[i]))
-        wanted = teacher and teacher.inputs(readers[0], None)
+        inputs = Activations(place, count, functools.partial(_through, begin, layer, hidden))
+        wanted = None if teacher is None else teacher.inputs(readers[0], None)
         cross = _cross(teacher, readers[0], inputs, wanted, hidden)
         yield from _solve(model, layer, readers, inputs, config, place, cross, outputs)
         room = place.room(widths[writer]) / (1 if teacher is None else 2)
-        mixed = Activations(place, count, lambda i, inputs=inputs, mix=mix: mix(layer, inputs[i]), room)
-        wanted = teacher and teacher.inputs(writer, wanted, room)
+        mixed = Activations(place, count, functools.partial(_through, mix, layer, inputs), room)
+        wanted = None if teacher is None else teacher.inputs(writer, wanted, room)
         cross = _cross(teacher, writer, mixed, wanted, hidden)
         yield from _solve(model, layer, (writer,), mixed, config, place, cross, outputs)
         if writer == "self_attn.o_proj" or not last:  # nobody reads the last block's output
             _add_to(hidden, model, layer, writer, mixed, place)
-            if teacher is not None:
+            if teacher is not None and wanted is not None:
                 teacher.write(writer, wanted)
         del mixed, wanted  # their memory, before the next stage needs some
+
+
+def _through(stage: Callable[[int, np.ndarray], np.ndarray], layer: int, given: Any, i: int) -> np.ndarray:
+    """Batch i of what a stage makes of what it is given."""
+    return stage(layer, given[i])
 
 
 def _cross(teacher: Teacher | None, name: str, inputs: Activations, wanted: Activations | None, hidden: Any):
@@ -209,7 +215,7 @@ def _solve_with(
     for name in names:
 
         def solver(W: np.ndarray, full: str) -> Solution:
-            if R is not None:
+            if R is not None and cross is not None:
                 W = drift.target(W, cross if full.endswith(WRITERS) else product(W, cross), R)
             if full not in outputs:
                 return some_rows(W, full)

@@ -27,7 +27,7 @@ from tinygptq.gptq import Hessian, Solution
 from tinygptq.gptq.drift import Cross
 from tinygptq.model import Llama
 from tinygptq.packing import PackedLinear
-from tinygptq.weights import DenseLinear, Linear, Weights
+from tinygptq.weights import DenseLinear, Linear, Weights, dense
 
 TOKENS_AT_ONCE = 8192  # calibration tokens that go through a stage together; enough to keep BLAS busy
 ROWS_AT_ONCE = 256  # of W, whose rounding errors are measured together, in the processor's cache
@@ -130,7 +130,7 @@ class Host:
 
     def weight(self, linear: Linear) -> np.ndarray:
         """W, float32 (out, in)."""
-        return np.asarray(linear.weight, np.float32)
+        return np.asarray(dense(linear).weight, np.float32)
 
     def static_grids(self, W: np.ndarray, config: QuantizeConfig) -> tuple[np.ndarray, np.ndarray]:
         from tinygptq.gptq import solver_numba  # only here: importing Numba takes a while
@@ -147,7 +147,7 @@ class Host:
 
     def teacher(self, name: str, linear: Linear) -> Linear:
         """The unquantised linear ``name``, anew: what kernels prepare for it lasts as long as its block."""
-        return DenseLinear(linear.weight, linear.bias)
+        return DenseLinear(dense(linear).weight, linear.bias)
 
     def replacement(self, name: str, solution: Solution, config: QuantizeConfig, bias: np.ndarray | None) -> Linear:
         """What stands for the solved linear ``name`` from now on; exactly what the file will hold."""

@@ -32,12 +32,14 @@ from tinygptq.kernels.cuda.hessian import HalfHessian
 from tinygptq.kernels.cuda.runtime import cupy
 from tinygptq.kernels.cuda.transfer import BlockReader, HostBatches, block_linears, on_card, on_card_if_any
 from tinygptq.model import Llama
+from tinygptq.ops import to_numpy
 from tinygptq.quantization.placement import TOKENS_AT_ONCE, Clock, Host
 from tinygptq.weights import DenseLinear, Linear, Weights
 
 log = logging.getLogger("tinygptq")
 
 RESIDUAL = np.float16
+FUNCTIONS: Any = calibration  # whose linears may also be SplitLinears
 EXACT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # rounded to fp16, they would change o_proj's codes
 NARROW = 2048  # inputs up to which products in float32 take next to no time, and H is as good as the processor's
 MODEST = 7.5e9  # bytes of the card up to which activations are kept, to save time; for a recipe of two models so much each
@@ -79,8 +81,8 @@ class Card(Host):
         self.name = f"cuda, {cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)['name'].decode()}"
         self.clock: Clock = CardClock()
         self._main, self._pack = (cp.cuda.Stream(non_blocking=True) for _ in range(2))
-        self._source: Checkpoint | None = None
-        self._reader: BlockReader | None = None
+        self._source: Any = None  # the Checkpoint, once `model` has been called, and who reads its blocks
+        self._reader: Any = None
         # bytes of the card in use throughout, and free at the start; whether it has no room for the residual stream
         self._used, self._most, self._on_host = 0.0, 0.0, False
         self._recipe, self._modest = RECIPES["plain"], MODEST
@@ -107,7 +109,7 @@ class Card(Host):
         self._source, self._reader = source, BlockReader(source, self.clock.add)
         norms = {name: cupy().asarray(np.asarray(norm, np.float32)) for name, norm in source.weights.norms.items()}
         weights = Weights(source.weights.embedding, source.weights.head, norms, {})
-        return Llama(source.config, weights, calibration)
+        return Llama(source.config, weights, FUNCTIONS)
 
     def announce(self, source: Checkpoint, ids: np.ndarray | None, config: QuantizeConfig) -> None:
         self._recipe, models = config.recipe, 1 + config.recipe.follows
@@ -127,7 +129,7 @@ class Card(Host):
     def embed(self, model: Llama, ids: np.ndarray) -> Any:
         cp, source = cupy(), self._source
         table = on_card(np.asarray(source.weights.embedding))
-        first = Llama(model.config, Weights(table, table, {}, {}), calibration)
+        first = Llama(model.config, Weights(table, table, {}, {}), FUNCTIONS)
         batches = (first.embed(cp.asarray(batch)).astype(RESIDUAL) for batch in self.batches(ids))
         return HostBatches(batches) if self._on_host else list(batches)
 
@@ -144,7 +146,7 @@ class Card(Host):
     def with_head(self, model: Llama) -> Llama:
         weights = model.weights
         head = on_card(np.asarray(weights.head))
-        return Llama(model.config, Weights(weights.embedding, head, weights.norms, weights.linears), calibration)
+        return Llama(model.config, Weights(weights.embedding, head, weights.norms, weights.linears), FUNCTIONS)
 
     @contextlib.contextmanager
     def _in_place(self, model: Llama, linears: dict[str, Linear]) -> Iterator[None]:
@@ -169,7 +171,7 @@ class Card(Host):
         """In TF32: a sum over all tokens of products whose first factor is a difference that fp16 has rounded."""
         return Cross(self.matmul)
 
-    def weight(self, linear: Linear) -> Any:
+    def weight(self, linear: Any) -> Any:
         return linear.weight.astype(np.float32)
 
     def static_grids(self, W: Any, config: QuantizeConfig) -> tuple[Any, Any]:
@@ -206,7 +208,7 @@ class Card(Host):
     def _packed(self, solution: Solution, config: QuantizeConfig, ready: Any) -> dict[str, np.ndarray]:
         with self._pack:
             self._pack.wait_event(ready)
-            return {name: tensor.get() for name, tensor in gptq_tensors(solution, config).items()}
+            return {name: to_numpy(tensor) for name, tensor in gptq_tensors(solution, config).items()}
 
     def saved(self, hidden: Any) -> list[np.ndarray]:
         """Nothing: running the text through finished blocks again takes a fraction of a second each, less than a save."""

@@ -34,14 +34,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from tinygptq import threads
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.folders.export import QuantizedFolderWriter, require_free
+from tinygptq.folders.export import require_free
 from tinygptq.folders.tensorfile import TensorFile
 from tinygptq.release.facts import made_by
 
@@ -133,6 +133,15 @@ def _remove(work: Path) -> None:
     with contextlib.suppress(OSError):
         (work / "state.json").unlink()  # first: if this is cut off, what remains must not look like work to continue
     shutil.rmtree(work, ignore_errors=True)
+
+
+class Writer(Protocol):
+    """What writes the folder in the making: a QuantizedFolderWriter, or a WriteBehind in front of one."""
+
+    @property
+    def checksums(self) -> Mapping[str, int]: ...
+
+    def flush(self) -> None: ...
 
 
 class Progress:
@@ -245,9 +254,7 @@ class Progress:
 
     # ---------------------------------------------------------------------------------- saving
 
-    def save(
-        self, blocks: int, hidden: Sequence[np.ndarray], writer: QuantizedFolderWriter, linears: Sequence[dict[str, Any]]
-    ) -> None:
+    def save(self, blocks: int, hidden: Sequence[np.ndarray], writer: Writer, linears: Sequence[dict[str, Any]]) -> None:
         """Save that ``blocks`` blocks are done, unless the last save is too recent. A disk too full for it is no failure.
 
         Args:

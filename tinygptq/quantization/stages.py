@@ -12,7 +12,7 @@ from tinygptq.gptq.drift import Cross
 from tinygptq.model import Llama
 from tinygptq.quantization.placement import Host
 from tinygptq.quantization.sensitivity import output_matrices
-from tinygptq.weights import DenseLinear, Weights
+from tinygptq.weights import DenseLinear, Weights, dense
 
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")  # the linears whose outputs are added to the residual stream
 
@@ -103,7 +103,7 @@ class Teacher:
             E = (wanted[i] - x) * drift  # (B, T, in)
             with self._place.clock("Hessian"):
                 if name in WRITERS:
-                    without_bias = DenseLinear(linears[f"model.layers.{self.layer}.{name}"].weight)
+                    without_bias = DenseLinear(dense(linears[f"model.layers.{self.layer}.{name}"]).weight)
                     E = self._model.functions.linear(E, without_bias).astype(np.float32, copy=False)  # (B, T, out)
                     E += (self.hidden[i] - hidden[i]) * residual
                 cross.add(E, x)
