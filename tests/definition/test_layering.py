@@ -190,8 +190,9 @@ def test_starting_up_imports_nothing_heavy(code):
 
 
 def test_importing_the_definitions_does_not_import_numba():
-    modules = ("backward", "config", "folders.checkpoint", "folders.export", "folders.tensorfile", "generate", "gptq", "kvcache",
-               "measure.evaluate", "model", "ops", "packing", "quantization.run", "sampling", "templates")  # fmt: skip
+    modules = ("backward", "config", "folders.checkpoint", "folders.export", "folders.tensorfile", "generate", "gptq",
+               "kvcache", "measure.evaluate", "model", "ops", "packing", "quantization.run", "sampling",
+               "templates")  # fmt: skip
     imports = ", ".join(f"tinygptq.{name}" for name in modules)
     script = f"import {imports}, sys\nprint('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
