@@ -65,6 +65,8 @@ def relink(text: str, folder: str, page_folder: str) -> str:
         home = HOMES.get(place)
         if place.startswith("notebooks/") and place.endswith(".ipynb"):
             home = f"course/{posixpath.basename(place).removesuffix('.ipynb')}.md"
+        if place.startswith("docs/"):
+            home = place.removeprefix("docs/")
         if home is None:
             return f"{label} (`{place}`)"
         return f"[{label}]({posixpath.relpath(home, page_folder or '.')}{anchor or ''})"
