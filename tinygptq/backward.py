@@ -15,6 +15,7 @@ import numpy as np
 
 from tinygptq import ops, threads
 from tinygptq.model import Llama
+from tinygptq.threads import product
 from tinygptq.weights import DenseLinear
 
 QUERIES = 128  # rows of the attention matrix formed together: keys beyond the last of them are left out
@@ -171,13 +172,6 @@ def _prediction_gradient(model: Llama, h: np.ndarray, rng: np.random.Generator) 
 def _wide(x: Any) -> Any:
     """In float32, which gradients need; on a GPU activations may be in float16."""
     return x.astype(np.float32, copy=False)
-
-
-def product(a: Any, b: Any) -> Any:
-    """``a [..., M, K] @ b [K, N]``, on all cores where arrays are NumPy's."""
-    if not isinstance(a, np.ndarray):
-        return a @ b
-    return threads.matmul(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[1])
 
 
 def share(xp: Any, rows: int, work: int, part: Any, at_once: int = 1) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.generate import StopStrings, generate_ids
+from tinygptq.generate import StoppedText, generate_ids
 from tinygptq.language_model import LanguageModel
 from tinygptq.sampling import Sampler, SamplingParams
 from tinygptq.templates import TEMPLATES, Message, get_template, render_chat, render_conversation
@@ -97,7 +97,7 @@ class Conversation:
         model, eos = self.model, self.model.defaults.eos_token_ids
         seed = None if self._seed is None else self._seed + len(self.messages)
         sampler = Sampler(self._params, model.config.vocab_size, eos, seed)
-        decoder, stops = model.tokenizer.stream(continues=True), StopStrings(self._stops())
+        text = StoppedText(model.tokenizer.stream(continues=True), self._stops())
         kept = self._engine.common(ids)
         started = first = time.perf_counter()
         count = 0
@@ -105,17 +105,12 @@ class Conversation:
             for token in generate_ids(self._engine, ids, sampler, self.max_new_tokens, eos):
                 first = time.perf_counter() if count == 0 else first
                 count += 1
-                piece = stops.push(decoder.push(token))
-                reply["content"] += piece
-                yield piece
-                if stops.found:
+                yield text.push(token)
+                if text.ended:
                     return
-            rest = stops.push(decoder.flush())
-            rest = rest if stops.found else rest + stops.flush()
-            reply["content"] += rest
-            yield rest
+            yield text.rest()
         finally:
-            reply["content"] = reply["content"].strip()
+            reply["content"] = text.text.strip()
             after = time.perf_counter() - first
             rate = (count - 1) / after if count > 1 and after > 0 else 0.0
             self.stats = AnswerStats(len(ids), len(ids) - kept, dropped, count, first - started, rate)

@@ -244,24 +244,43 @@ class StoppedText:
 
     Args:
         decoder: with ``push(token)`` and ``flush()``, each a str (`tokenizer.Tokenizer.stream`).
+
+    Attributes:
+        text: as far as it has come.
     """
 
     def __init__(self, decoder: Any, stops: Sequence[str]) -> None:
-        self._decoder, self._stops, self._text = decoder, StopStrings(stops), ""
+        self._decoder, self._stops, self.text = decoder, StopStrings(stops), ""
 
-    def push(self, token: int) -> bool:
-        """Whether the text has ended; what comes after that is passed over."""
-        if not self._stops.found:
-            self._text += self._stops.push(self._decoder.push(token))
+    @property
+    def ended(self) -> bool:
+        """Whether a stop string has come; what follows it is passed over."""
         return self._stops.found
 
+    def push(self, token: int) -> str:
+        """The text that is now certain to belong to it."""
+        return "" if self.ended else self._grow(self._stops.push(self._decoder.push(token)))
+
+    def ends(self, token: int) -> bool:
+        """Push, and whether the text has ended."""
+        self.push(token)
+        return self.ended
+
+    def rest(self) -> str:
+        """What was held back, when no further token comes."""
+        if self.ended:
+            return ""
+        piece = self._stops.push(self._decoder.flush())
+        return self._grow(piece if self.ended else piece + self._stops.flush())
+
     def whole(self) -> str:
-        """The text, when no further token comes."""
-        if not self._stops.found:
-            self._text += self._stops.push(self._decoder.flush())
-        if not self._stops.found:
-            self._text += self._stops.flush()
-        return self._text
+        """All of it, when no further token comes."""
+        self.rest()
+        return self.text
+
+    def _grow(self, piece: str) -> str:
+        self.text += piece
+        return piece
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from tinygptq.config import GenerationConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
-from tinygptq.generate import PrefixEngine, StoppedText, StopStrings, generate_batch, generate_ids
+from tinygptq.generate import PrefixEngine, StoppedText, generate_batch, generate_ids
 from tinygptq.measure import evaluate
 from tinygptq.measure.scoring import LogLikelihood, Scorer, encode_pair
 from tinygptq.ops import to_numpy
@@ -127,10 +127,10 @@ class LanguageModel:
         ids = [self._encode(prompt) for prompt in prompts]
         seeds = [None if seed is None else seed + number for number in range(len(ids))]
         samplers = [self._sampler(one, min_new_tokens, settings) for one in seeds]
-        texts = [StoppedText(self.tokenizer.stream(continues=True), (stop,) if isinstance(stop, str) else stop) for _ in ids]
+        texts = [_stopped(self.tokenizer, stop) for _ in ids]
         self.sequence.forget()
         generate_batch(self.sequence, ids, samplers, max_new_tokens, self.defaults.eos_token_ids,
-                       lambda number, token: texts[number].push(token))  # fmt: skip
+                       lambda number, token: texts[number].ends(token))  # fmt: skip
         return [text.whole() for text in texts]
 
     def generate(self, prompt: str | Sequence[int], **settings) -> str:
@@ -166,20 +166,19 @@ class LanguageModel:
 
 def _text(tokens: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str], most: int) -> Iterator[str]:
     """One piece a token, of which there are ``most`` at most; end-of-text's own piece is what was held back, if any."""
-    stops = StopStrings((stop,) if isinstance(stop, str) else stop)
-    decoder = tokenizer.stream(continues=True)
-
-    def rest() -> str:
-        text = stops.push(decoder.flush())
-        return text if stops.found else text + stops.flush()
-
+    text = _stopped(tokenizer, stop)
     for count, token in enumerate(tokens, 1):
-        piece = stops.push(decoder.push(token))
-        yield piece + rest() if count == most and not stops.found else piece
-        if stops.found:
+        piece = text.push(token)
+        yield piece + text.rest() if count == most else piece
+        if text.ended:
             return
-    if text := rest():
-        yield text
+    if last := text.rest():
+        yield last
+
+
+def _stopped(tokenizer: Tokenizer, stop: Sequence[str]) -> StoppedText:
+    """A continuation's text, before its tokens come."""
+    return StoppedText(tokenizer.stream(continues=True), (stop,) if isinstance(stop, str) else stop)
 
 
 def load(

@@ -2,8 +2,8 @@
 
 Read it bottom-up. :class:`Llama` holds arrays and the functions it works with: those of ops.py, plain NumPy (or CuPy: the
 arrays decide), or faster twins under the same names, which an engine hands in. A block is four stages, each named after
-what it makes: the input that one set of linears shares. GPTQ calibrates exactly those inputs, so quantization.py walks the
-same four functions.
+what it makes: the input that one set of linears shares. GPTQ calibrates exactly those inputs, so quantization/blocks.py
+walks the same four functions.
 """
 
 from __future__ import annotations

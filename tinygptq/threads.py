@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -37,12 +38,19 @@ def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """``a @ b``: float32 [..., M, K] and [..., K, N] with equal leading axes (or b without them) -> [..., M, N]."""
     out = np.empty((*a.shape[:-1], b.shape[-1]), np.result_type(a, b))
 
-    def product(rows: slice) -> None:
+    def part(rows: slice) -> None:
         np.matmul(a[..., rows, :], b, out=out[..., rows, :])
 
     slices = min(SLICES, a.shape[-2] // (SLICE_ROWS * count()))
-    share(a.shape[-2], a.size * b.shape[-1], product, slices=max(1, slices))
+    share(a.shape[-2], a.size * b.shape[-1], part, slices=max(1, slices))
     return out
+
+
+def product(a: Any, b: Any) -> Any:
+    """``a [..., M, K] @ b [K, N]``, on all cores where arrays are NumPy's; CuPy's know how themselves."""
+    if not isinstance(a, np.ndarray):
+        return a @ b
+    return matmul(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[1])
 
 
 def gram(x: np.ndarray) -> np.ndarray:
@@ -52,10 +60,10 @@ def gram(x: np.ndarray) -> np.ndarray:
     """
     parts: dict[int, np.ndarray] = {}
 
-    def product(rows: slice) -> None:
+    def part(rows: slice) -> None:
         parts[rows.start] = x[rows].T @ x[rows]
 
-    share(x.shape[0], x.size * x.shape[1] // 2, product)
+    share(x.shape[0], x.size * x.shape[1] // 2, part)
     ordered = [parts[start] for start in sorted(parts)]
     return functools.reduce(lambda total, part: np.add(total, part, out=total), ordered)
 

@@ -174,7 +174,7 @@ class Letters:
 @given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=2))
 def test_a_stopped_text_is_what_comes_before_the_first_stop(text, stops):
     answer = StoppedText(Letters(), stops)
-    ended = [answer.push(ord(letter)) for letter in text]
+    ended = [answer.ends(ord(letter)) for letter in text]
     cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
     assert answer.whole() == text[:cut]
     assert answer.whole() == text[:cut]  # asking twice changes nothing

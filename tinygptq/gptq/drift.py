@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.gptq.refine import product
-from tinygptq.gptq.solver import check_method, inverse_cholesky, twin_of
+from tinygptq.gptq.solver import check_method, functions_of
 from tinygptq.ops import array_module
+from tinygptq.threads import product
 
 RIDGE = 0.1  # of each diagonal entry of H
 DAMP = 0.01  # of the mean of diag(H)
@@ -63,11 +63,10 @@ def inverse(H: np.ndarray, *, method: str | Any = None) -> np.ndarray:
         TinyGPTQError: not even the ridge makes H positive definite.
     """
     xp, method = array_module(H), check_method(method, H)
-    invert = inverse_cholesky if method == "definition" else twin_of(method).inverse_cholesky
     ridged = H.astype(np.float64 if isinstance(method, str) else H.dtype)
     steps, diagonal = xp.arange(len(H)), ridged.diagonal().copy()
     ridged[steps, steps] += xp.where(diagonal > 0, RIDGE * diagonal + DAMP * diagonal.mean(), 1)
-    R = invert(ridged)
+    R = functions_of(method).inverse_cholesky(ridged)
     if R is None:
         raise TinyGPTQError("H is not positive definite; a sum of x x^T would be")
     return R.astype(np.float32, copy=False)

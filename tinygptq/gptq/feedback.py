@@ -28,9 +28,10 @@ import numpy as np
 
 from tinygptq import threads
 from tinygptq.errors import TinyGPTQError
-from tinygptq.gptq.refine import product
-from tinygptq.gptq.solver import Factor, Solution, check_method, inverse_cholesky, twin_of
+from tinygptq.gptq.hessian import reordered
+from tinygptq.gptq.solver import Factor, Solution, check_method, functions_of
 from tinygptq.ops import array_module
+from tinygptq.threads import product
 
 DAMP = 1e-3  # of the mean of diag(A)
 ROWS, PARTS = 64, 12  # rows in a part: as many as the solver's twin works on together, or a twelfth of all
@@ -57,12 +58,11 @@ def factor_outputs(A: np.ndarray, share: float, *, method: str | Any = None, nam
     xp, method, diagonal = array_module(A), check_method(method, A), A.diagonal().astype(np.float64)
     if not bool(xp.isfinite(A).all()):
         raise TinyGPTQError(f"{name}: the gradients of its outputs hold NaN or infinity, or their squares overflow")
-    invert = inverse_cholesky if method == "definition" else twin_of(method).inverse_cholesky
     order, steps = xp.argsort(-diagonal, kind="stable"), xp.arange(len(A))
     mean = float(diagonal.mean()) or 1.0
-    A = xp.take(xp.take(A, order, axis=0), order, axis=1).astype(np.float64) / mean * share
+    A = reordered(A, order).astype(np.float64) / mean * share
     A[steps, steps] = diagonal[order] / mean + DAMP
-    R = invert(A)
+    R = functions_of(method).inverse_cholesky(A)
     if R is None:
         raise TinyGPTQError(f"{name}: the matrix of its outputs' gradients is not positive definite")
     return Outputs(order, R.astype(np.float32))

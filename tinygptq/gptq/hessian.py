@@ -83,3 +83,9 @@ def shrink(H: np.ndarray, share: float) -> np.ndarray:
     steps = array_module(H).arange(len(H))
     shrunk[steps, steps] = H.diagonal()
     return shrunk
+
+
+def reordered(H: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Rows and columns of H [n, n] in another order, int [n]: a new array."""
+    xp = array_module(H)
+    return xp.take(xp.take(H, order, axis=0), order, axis=1)  # CuPy's H[ix_] would make index arrays of its size

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from tinygptq import threads
 from tinygptq.config import QuantizeConfig
 from tinygptq.gptq.grid import as_stored, dequantize, quantize
+from tinygptq.gptq.hessian import reordered
 from tinygptq.gptq.solver import Factor, Solution
 from tinygptq.ops import array_module
+from tinygptq.threads import product
 
 PASSES = 8  # over all codes, at most; few move after the third
 RIDGE = 1e-6  # of the diagonal: keeps the system solvable where two groups' inputs are the same
@@ -114,7 +115,7 @@ def refit_scales(WH: np.ndarray, H: np.ndarray, C: np.ndarray, scales: np.ndarra
     if bool((order == xp.arange(len(order))).all()):
         order = slice(None)
     else:
-        H = xp.take(xp.take(H, order, axis=0), order, axis=1)
+        H = reordered(H, order)
     bounds = [int(start) for start in xp.searchsorted(g_idx[order], xp.arange(G + 1))]
     fitted, rows = xp.empty_like(scales), max(1, BYTES_AT_ONCE // (8 * G * G))
     for r in range(0, len(C), rows):
@@ -155,11 +156,6 @@ def _solved(A: np.ndarray, b: np.ndarray, s: np.ndarray) -> np.ndarray:
 def _error(A: np.ndarray, b: np.ndarray, s: np.ndarray) -> np.ndarray:
     """The rows' errors but for a constant, ``s A s^T - 2 b s^T``."""
     return (s * ((A @ s[..., None])[..., 0] - 2 * b)).sum(axis=1)
-
-
-def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``a @ b``, on all cores where arrays are NumPy's."""
-    return threads.matmul(a, b) if isinstance(a, np.ndarray) else a @ b
 
 
 def _twin() -> Any:

@@ -14,6 +14,7 @@ weights there whenever a group is smaller than the block.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import numpy as np
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq.grid import dequantize, find_grid, quantize, search_clip
+from tinygptq.gptq.hessian import reordered
 from tinygptq.ops import array_module
 
 B = 128  # columns in a block (the paper's value); any other gives the same codes but for floating-point rounding
@@ -118,8 +120,7 @@ def solve(
     W = xp.where(factor.dead, W.dtype.type(0), W)  # (out, in)
     with _named(name):
         importance: Any = factor.importance.astype(dtype, copy=False) if config.recipe.clip else None
-        find_grids = _static_grids if method == "definition" else twin_of(method).static_grids
-        static = find_grids(W, config, importance) if config.grids_first else None
+        static = functions_of(method).static_grids(W, config, importance) if config.grids_first else None
     k_to_group = xp.arange(W.shape[1]) // config.rows_per_group(W.shape[1])
     if factor.perm is None:
         g_idx = column_groups = k_to_group
@@ -129,7 +130,7 @@ def solve(
         column_groups = k_to_group[factor.perm] if config.grids_first else k_to_group
         g_idx = xp.empty_like(column_groups)
         g_idx[factor.perm] = column_groups
-    quantize_all = quantize_columns if method == "definition" else twin_of(method).quantize_columns
+    quantize_all = functions_of(method).quantize_columns
     with _named(name):
         codes, scales, zeros, loss = quantize_all(
             W, factor.Hinv.astype(dtype, copy=False), config, column_groups, static, importance
@@ -212,13 +213,13 @@ def prepare(
     perm = None
     if config.in_act_order:
         perm = xp.argsort(-H.diagonal(), kind="stable")
-        H = xp.take(xp.take(H, perm, axis=0), perm, axis=1)  # (in, in); CuPy's H[ix_] would make index arrays of its size
+        H = reordered(H, perm)
     wide = np.float64 if isinstance(method, str) else H.dtype
     H = H.astype(wide, copy=perm is None)  # a copy in any case, damped in place below
     diagonal = H.diagonal().copy()
     mean = float(diagonal.sum() / max(1, int((diagonal != 0).sum())))
     diagonal[diagonal == 0] = 1
-    invert = inverse_cholesky if method == "definition" else twin_of(method).inverse_cholesky
+    invert = functions_of(method).inverse_cholesky
     Hinv, damp = _damped(H, diagonal, mean, config.damp_percent, invert, name)
     importance = xp.empty_like(diagonal)
     importance[slice(None) if perm is None else perm] = diagonal + damp * mean
@@ -281,7 +282,7 @@ def round_to_nearest(
     xp = array_module(W)
     W = _checked_weights(W, np.float32, name)
     with _named(name):
-        scales, zeros = _static_grids(W, config)
+        scales, zeros = static_grids(W, config)
     g_idx = xp.arange(W.shape[1]) // config.rows_per_group(W.shape[1])
     scale, zero = scales[:, g_idx], zeros[:, g_idx]  # (out, in)
     codes = quantize(W, scale, zero, config.max_code)
@@ -305,7 +306,7 @@ def _group_grid(group: np.ndarray, config: QuantizeConfig, importance: np.ndarra
     return scale, zero
 
 
-def _static_grids(
+def static_grids(
     W: np.ndarray, config: QuantizeConfig, importance: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scales and zeros [out, G] of contiguous groups of the weights as they are."""
@@ -345,10 +346,12 @@ def check_method(method: str | Any, array: np.ndarray) -> str | Any:
     return method
 
 
-def twin_of(method: str | Any) -> Any:
-    """The module of twins that a method other than "definition" stands for."""
+def functions_of(method: str | Any) -> Any:
+    """The module that a method stands for: its `inverse_cholesky`, `quantize_columns` and `static_grids` are used."""
     if not isinstance(method, str):
         return method
+    if method == "definition":
+        return sys.modules[__name__]
     from tinygptq.gptq import solver_numba  # only here: importing Numba takes longer than the definition's whole run
 
     return solver_numba

@@ -149,7 +149,7 @@ class Adapter:
         answers = [StoppedText(self.model.tokenizer.stream(), want.stops) for _ in prompts]
         cut, samplers = [ids[-want.room :] for ids in prompts], [self._sampler(want, seed) for seed in seeds]
         generate_batch(self.model.sequence, cut, samplers, want.most, self.model.defaults.eos_token_ids,
-                       lambda number, token: answers[number].push(token))  # fmt: skip
+                       lambda number, token: answers[number].ends(token))  # fmt: skip
         return [answer.whole() for answer in answers]
 
     # ------------------------------------------------------------------ chat templates

@@ -22,7 +22,7 @@ from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq import Hessian, Solution, drift, feedback, prepare, round_to_nearest, solve
 from tinygptq.gptq.hessian import shrink
-from tinygptq.gptq.refine import product, refine
+from tinygptq.gptq.refine import refine
 from tinygptq.model import Llama
 from tinygptq.ops import array_module
 from tinygptq.quantization.placement import Host
@@ -32,6 +32,7 @@ from tinygptq.quantization.report import (
     rounding_loss,
 )
 from tinygptq.quantization.stages import WRITERS, Activations, Teacher
+from tinygptq.threads import product
 
 log = logging.getLogger("tinygptq")
 

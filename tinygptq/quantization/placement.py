@@ -1,6 +1,6 @@
 """Where quantising is done: :class:`Host` is this machine's processor and memory, placement_cuda.Card a GPU.
 
-The block loop in quantization.py knows no more of either than these methods, and is written once.
+The block loop in blocks.py knows no more of either than these methods, and is written once.
 """
 
 from __future__ import annotations

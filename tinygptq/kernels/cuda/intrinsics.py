@@ -1,27 +1,11 @@
 """More PTX instructions: those that attention needs. The conventions are those of :mod:`.ptx`."""
 
-from tinygptq.kernels.cuda.ptx import F32, GLOBAL, I32, SHARED, U32X2, U32X4, _address, _assembly, intrinsic, types
+from tinygptq.kernels.cuda.ptx import F32, GLOBAL, I32, SHARED, U32X4, _address, _assembly, intrinsic, load_in_place, types
 
-
-def _load_two(instruction: str, space: int):
-    """The function ``(array, index)`` -> two uint32, 8 bytes at once, by an instruction that stays in its place."""
-
-    @intrinsic
-    def load(typingctx, array, index):
-        def generate(context, builder, signature, args):
-            address = _address(context, builder, signature.args[0], *args, space)
-            text, register = f"{instruction} {{$0, $1}}, [$2];", "l" if space == GLOBAL else "r"
-            return _assembly(builder, [I32] * 2, text, f"=r,=r,{register}", [address], True)
-
-        return U32X2(array, types.int64), generate
-
-    return load
-
-
-load_8_bytes = _load_two("ld.global.cg.v2.u32", GLOBAL)
+load_8_bytes = load_in_place("ld.global.cg.v2.u32", 2, GLOBAL)
 """8 bytes of global memory that another kernel or block wrote, past L1: ld.global.cg.v2; from sm_50."""
 
-load_shared_8_bytes = _load_two("ld.shared.v2.u32", SHARED)
+load_shared_8_bytes = load_in_place("ld.shared.v2.u32", 2, SHARED)
 """8 bytes of shared memory: ld.shared.v2; from sm_50."""
 
 

@@ -90,28 +90,29 @@ def load_words(count: int):
     return load
 
 
-def _load_four(instruction: str, space: int):
-    """The function ``(array, index)`` -> four uint32, 16 bytes at once, by an instruction that stays in its place."""
+def load_in_place(instruction: str, count: int, space: int):
+    """The function ``(array, index)`` -> 2 or 4 uint32 at once, by an instruction that stays in its place."""
+    registers, register = ", ".join(f"${i}" for i in range(count)), "l" if space == GLOBAL else "r"
 
     @intrinsic
     def load(typingctx, array, index):
         def generate(context, builder, signature, args):
             address = _address(context, builder, signature.args[0], *args, space)
-            text, register = f"{instruction} {{$0, $1, $2, $3}}, [$4];", "l" if space == GLOBAL else "r"
-            return _assembly(builder, [I32] * 4, text, f"=r,=r,=r,=r,{register}", [address], True)
+            text = f"{instruction} {{{registers}}}, [${count}];"
+            return _assembly(builder, [I32] * count, text, "=r," * count + register, [address], True)
 
-        return U32X4(array, types.int64), generate
+        return types.UniTuple(types.uint32, count)(array, types.int64), generate
 
     return load
 
 
-load_written_words = _load_four("ld.global.v4.u32", GLOBAL)
+load_written_words = load_in_place("ld.global.v4.u32", 4, GLOBAL)
 """16 bytes of global memory that an earlier kernel wrote, through L1: ld.global.v4; from sm_50."""
 
-load_16_bytes = _load_four("ld.global.cg.v4.u32", GLOBAL)
+load_16_bytes = load_in_place("ld.global.cg.v4.u32", 4, GLOBAL)
 """16 bytes of global memory that another block of this kernel wrote, past L1: ld.global.cg.v4; from sm_50."""
 
-load_shared = _load_four("ld.shared.v4.u32", SHARED)
+load_shared = load_in_place("ld.shared.v4.u32", 4, SHARED)
 """16 bytes of shared memory: ld.shared.v4; from sm_50."""
 
 
