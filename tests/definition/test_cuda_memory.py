@@ -55,7 +55,7 @@ def test_too_little_memory_says_what_would_fit():
     memory.require_room(wanted, wanted.total, config, 1, 16)
     with pytest.raises(TinyGPTQError, match=r"needs 4\.98 GB of device memory and 4\.50 GB are free: a context of 1088"):
         memory.require_room(wanted, int(4.5e9), config, 1, 16)
-    with pytest.raises(TinyGPTQError, match=r"3\.61 GB of it for weights alone: --cache-bits 8"):
+    with pytest.raises(TinyGPTQError, match=r"3\.60 GB of it for weights alone: --cache-bits 8"):
         memory.require_room(wanted, int(3e9), config, 1, 16)
 
 

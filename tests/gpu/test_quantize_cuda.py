@@ -61,8 +61,9 @@ def test_beside_the_cpu_and_twice(source, text, tmp_path, kind):
             # o_proj's inputs have been fp16: where two entries of diag(H) nearly tie, groups may be cut another way
             assert same_order or name.endswith("o_proj"), name
             a, b = linear.dequantize(), there[name].dequantize()
-            if kind == "best" and name.endswith("o_proj"):  # a scale is refitted for all its codes: none of them stays equal
-                assert relative_error(b, a) < 0.1, (name, relative_error(b, a), (a == b).mean())
+            if kind == "best":  # one other code, and the scale refitted for its group makes all of that differ
+                limit = 0.1 if name.endswith("o_proj") else 0.05
+                assert relative_error(b, a) < limit, (name, relative_error(b, a), (a == b).mean())
             elif same_order:
                 assert (a == b).mean() > 0.9, name
     assert [r.name for r in report.linears] == [r.name for r in expected.linears]
@@ -104,7 +105,7 @@ def test_activations_on_the_host_change_nothing(source, text, tmp_path, monkeypa
     monkeypatch.setattr(placement_cuda.HostBatches, "__init__", lambda self, b: made.append(1) or original(self, b))
     monkeypatch.setattr(placement_cuda, "stage_bytes", lambda *_: 10**15)  # nothing fits, nothing is kept
     run(source, tmp_path / "b", text, kind)
-    assert made == [1] * (2 if kind == "best" else 1)  # best has the unquantised model's stream too
+    assert len(made) == (4 if kind == "best" else 1)  # the unquantised model's too, and those of two batches for gradients
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 

@@ -73,7 +73,7 @@ class DecodeStep:
             yield "o", self._product(block.o, at.mixed, epilogues.residual, at.h, (attn,), after)
             yield (
                 "gate, up",
-                self._product(block.gate_up, at.x_mlp, epilogues.swiglu, at.z, (mlp, attn), (order["down"],)),
+                self._product(block.gate_up, at.x_mlp, epilogues.swiglu, at.z, (mlp, attn), ()),
             )
             last = layer + 1 == len(weights.blocks)
             norm = weights.norm if last else weights.blocks[layer + 1].input_norm
@@ -147,8 +147,11 @@ def splits_of(tiles: int, multiprocessors: int) -> int:
 
 
 def orders_of(weights: DeviceWeights) -> list[dict[str, Any]]:
-    """For each block the order in which its products want their inputs, int32 on the device, and one entry for the head."""
+    """For each block the order in which its products want their inputs, int32 on the device, and one entry for the head.
+
+    (``down``'s come in that order: see :func:`tinygptq.cuda.weights.upload`.)
+    """
     cp = cupy()
-    names = ("qkv", "o", "gate_up", "down")
+    names = ("qkv", "o", "gate_up")
     found = [{name: cp.asarray(input_order(getattr(block, name))) for name in names} for block in weights.blocks]
     return [*found, {"qkv": cp.asarray(input_order(weights.head))}]

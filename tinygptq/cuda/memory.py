@@ -114,7 +114,7 @@ def weights_bytes(config: LlamaConfig, weights: QuantizeConfig | Weights | None)
     """The head (with tied embeddings the embedding too; else that stays on the host), norms, linears and their orders."""
     hidden = config.hidden_size
     total = config.vocab_size * hidden * HALF.itemsize + (2 * config.num_hidden_layers + 1) * hidden * FLOAT.itemsize
-    orders = 2 * hidden + config.num_attention_heads * config.head_dim + config.intermediate_size
+    orders = 2 * hidden + config.num_attention_heads * config.head_dim
     total += config.num_hidden_layers * orders * INT.itemsize
     for layer in range(config.num_hidden_layers):
         for name, (inputs, outputs) in config.linear_shapes().items():

@@ -34,7 +34,7 @@ class CudaLlama(Llama):
         super().__init__(config, Weights(device.embedding, device.head.weight, norms, {}))
         self.device = device
         heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self._width, self._in_order = cache_width(dim), cupy().arange(heads * dim, dtype=np.int32)
+        self._width = cache_width(dim)
         self._turns: tuple[int, tuple[Any, Any]] | None = None
         self._attend = prefill_attention_kernel(heads, groups, dim, self._width)
 
@@ -67,6 +67,7 @@ class CudaLlama(Llama):
         return self._turns[1]
 
     def mlp_mix(self, layer: int, x: Any) -> Any:
+        """As the definition's, but with its columns in the order in which ``down`` has its rows."""
         both = product(x, self.device.blocks[layer].gate_up, np.float32)
         both = both.reshape(*x.shape[:2], -1, 2, TURN)  # gate and up alternate
         return ops.swiglu(both[..., 0, :], both[..., 1, :]).reshape(*x.shape[:2], -1)
@@ -74,7 +75,8 @@ class CudaLlama(Llama):
     def linear(self, layer: int, name: str, x: Any) -> Any:
         """o_proj and down_proj; the others are part of a larger product."""
         block = self.device.blocks[layer]
-        return product(x, {"self_attn.o_proj": block.o, "mlp.down_proj": block.down}[name], np.float32)
+        products = {"self_attn.o_proj": block.o, "mlp.down_proj": block.down}
+        return product(x, products[name], np.float32, gathered=name == "mlp.down_proj")  # see mlp_mix
 
     def _attention(self, q: Any, k: Any, v: Any, cos: Any, sin: Any) -> Any:
         """ops.apply_rope on q, and ops.causal_attention without a T x S matrix in memory.
@@ -87,8 +89,7 @@ class CudaLlama(Llama):
         keys, values = (self._wide(array) for array in (k, v))
         grid, stream = (heads, -(-tokens // QUERIES)), cp.cuda.get_current_stream()
         for b in range(batch):
-            given = rows[b], cos, sin, keys[b], values[b], seen - tokens, self._in_order, out[b]
-            self._attend(grid, THREADS, stream, *given)
+            self._attend(grid, THREADS, stream, rows[b], cos, sin, keys[b], values[b], seen - tokens, out[b])
         return out.astype(np.float32)
 
     def _wide(self, array: Any) -> Any:
@@ -100,9 +101,12 @@ class CudaLlama(Llama):
         return wide
 
 
-def product(x: Any, layer: Product, dtype: Any) -> Any:
-    """``x [..., K] @ W + bias``, x float32 in the model's order, rounded to fp16; sums float32, the result of ``dtype``."""
+def product(x: Any, layer: Product, dtype: Any, *, gathered: bool = False) -> Any:
+    """``x [..., K] @ W + bias``, x float32, rounded to fp16; sums float32, the result of ``dtype``.
+
+    ``gathered``: x's columns are in the order of the layer's rows, and not in the model's.
+    """
     cp, shape = cupy(), (*x.shape[:-1], layer.out_features)
     rows = cp.ascontiguousarray(x.reshape(-1, x.shape[-1])).astype(np.float16)
     out = cp.empty((len(rows), layer.out_features), dtype)
-    return multiply(rows, layer, out, cp.cuda.get_current_stream()).reshape(shape)
+    return multiply(rows, layer, out, cp.cuda.get_current_stream(), gathered=gathered).reshape(shape)

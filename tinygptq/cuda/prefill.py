@@ -15,6 +15,7 @@ from tinygptq.cuda.memory import CHUNK, allocate, prefill_plan, qkv_width
 from tinygptq.cuda.weights import DeviceWeights, Product, multiply
 from tinygptq.kernels.cuda import dense, rows
 from tinygptq.kernels.cuda.cache_codec import FILL_TOKENS, FILL_WARPS, expand_kernel, fill_kernel
+from tinygptq.kernels.cuda.dispatch import gather
 from tinygptq.kernels.cuda.layout import cache_width
 from tinygptq.kernels.cuda.matvec import store
 from tinygptq.kernels.cuda.prefill_attention import QUERIES, THREADS, prefill_attention_kernel
@@ -69,13 +70,14 @@ class Prefill:
         keys, values = self._keys_values(cache, row, start + tokens)
         mixed = self._rows(self.at.z, tokens, config.num_attention_heads * config.head_dim)
         grid = config.num_attention_heads, -(-tokens // QUERIES)
-        self.attention(grid, THREADS, stream, qkv, cos, sin, keys, values, start, order["o"], mixed)
+        self.attention(grid, THREADS, stream, qkv, cos, sin, keys, values, start, mixed)
+        if block.o.perm is not None:
+            mixed = gather(mixed, block.o.perm, self._rows(self.at.wide, *mixed.shape), stream)
         self._linear(mixed, block.o, self.at.y, config.hidden_size)
         self._norm(tokens, block.post_norm, order["gate_up"], block.gate_up)
         gate_up = self._linear(self.at.x[:tokens], block.gate_up, self.at.wide, 2 * config.intermediate_size)
         z = self._rows(self.at.z, tokens, config.intermediate_size)
-        kernel, grid = rows.swiglu_kernel(block.down.perm is None), (-(-z.shape[1] // (8 * rows.THREADS)), tokens)
-        kernel(grid, rows.THREADS, stream, gate_up, order["down"], z)
+        rows.swiglu((-(-z.shape[1] // (8 * rows.THREADS)), tokens), rows.THREADS, stream, gate_up, z)
         self._linear(z, block.down, self.at.y, config.hidden_size)
         last = layer + 1 == config.num_hidden_layers
         after = None if last else self.weights.blocks[layer + 1]

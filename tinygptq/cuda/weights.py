@@ -1,8 +1,9 @@
 """A model's weights on the GPU: linears that share an input side by side, each in the layout its kernels read.
 
 q, k and v become one product, gate and up another whose columns alternate 16 by 16, so that one warp holds both factors of
-SwiGLU. What the packed kernels cannot take (groups that are no multiple of 32, q, k and v sorted in different orders) is
-kept in fp16, with the values its codes stand for.
+SwiGLU; they stand in the order in which ``down`` has its rows, so that with act-order its input needs no sorting. What the
+packed kernels cannot take (groups that are no multiple of 32, q, k and v sorted in different orders) is kept in fp16, with
+the values its codes stand for.
 """
 
 from __future__ import annotations
@@ -110,11 +111,13 @@ def upload(config: LlamaConfig, weights: Weights) -> DeviceWeights:
         norms = [weights.norms[f"model.layers.{layer}.{name}"] for name in ("input_layernorm", "post_attention_layernorm")]
         q, k, v, o = (linears[f"self_attn.{name}_proj"] for name in "qkvo")
         gate, up, down = (linears[f"mlp.{name}_proj"] for name in ("gate", "up", "down"))
+        last = settled(side_by_side, scratch, [down])
+        order = np.arange(down.in_features) if last.perm is None else to_numpy(last.perm)
         products = [
             settled(side_by_side, scratch, [q, k, v]),
             settled(side_by_side, scratch, [o]),
-            settled(side_by_side, scratch, [gate, up], alternating(gate.out_features)),
-            settled(side_by_side, scratch, [down]),
+            settled(side_by_side, scratch, [gate, up], alternating(order)),
+            last,
         ]
         blocks.append(DeviceBlock(*products, *(cp.asarray(norm, np.float32) for norm in norms)))
     scratch.free_all_blocks()
@@ -133,13 +136,13 @@ def settled(make: Callable[..., Product], scratch: Any, *given: Any) -> Product:
     return replace(made, **arrays)
 
 
-def alternating(columns: int) -> np.ndarray:
-    """Where the columns of gate and up, one after the other, go: 16 of gate, 16 of up, and so on; int [2 * columns].
+def alternating(order: np.ndarray) -> np.ndarray:
+    """How the columns of gate and up, each in ``order`` int [I], alternate: 16 of gate, 16 of up, and so on; int [2 I].
 
-    Entry i is the column, of gate (below ``columns``) or of up, that stands at place i.
+    Entry i is the column, of gate (below I) or of up, that stands at place i.
     """
-    gate = np.arange(columns).reshape(-1, TURN)
-    return np.concatenate([gate, gate + columns], axis=1).ravel()
+    gate = order.reshape(-1, TURN)
+    return np.concatenate([gate, gate + len(order)], axis=1).ravel()
 
 
 def side_by_side(linears: Sequence[Linear], columns: np.ndarray | None = None) -> Product:

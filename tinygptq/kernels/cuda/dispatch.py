@@ -77,7 +77,7 @@ def linear(
         if x.shape[0] == 0:
             return out
         if layer.perm is not None and not gathered:
-            x = _gather(x, layer.perm, stream)
+            x = gather(x, layer.perm, _x_workspace(x.size).reshape(x.shape), stream)
         if kernel == "matvec":
             multiply_rows(x, layer, out, stream, dependent=dependent)
         else:
@@ -188,9 +188,9 @@ def _words(layer: DeviceLinear) -> tuple[Any, Any, Any]:
     return layer.codes.reshape(-1), scales, scales if layer.zeros is None else layer.zeros.reshape(-1).view(np.uint32)
 
 
-def _gather(x: Any, perm: Any, stream: Any) -> Any:
-    out = _x_workspace(x.size).reshape(x.shape)
-    plain.gather_columns(_blocks(x.size), 256, stream, x, perm, out)
+def gather(x: Any, perm: Any, out: Any, stream: Any) -> Any:
+    """``out = x[:, perm]``, both float16 [M, K]; returns out."""
+    plain.gather_columns(min(len(x), 8 * multiprocessors()), 256, stream, x, perm, out)
     return out
 
 

@@ -92,15 +92,13 @@ def normed(features: int, eps: float, biased: bool) -> Epilogue:
 def swiglu(features: int, eps: float, biased: bool) -> Epilogue:
     """``z = silu(gate) * up``, gate in lanes 0-15 and up in lanes 16-31 of each strip, after a norm of ``features`` numbers.
 
-    y is z, float16 [R, I]; extra: squares, squares_before, bias [2 I, columns as the product's], order int32 [I]: where
-    each element of z goes, so that the next linear finds it in the order of its rows.
+    y is z, float16 [R, I]; extra: squares, squares_before, bias [2 I, columns as the product's].
     """
     read_squares, inverse, nothing = inverse_rms(features, eps)
 
     @device_function
     def read(row, strip, lane, y, extra):
-        place = extra[3][min(16 * strip + (lane & 15), y.shape[1] - 1)]
-        return read_squares(extra[0], row, lane), read_squares(extra[1], row, lane), place
+        return read_squares(extra[0], row, lane), read_squares(extra[1], row, lane)
 
     @device_function
     def silu_times_up(row, strip, lane, value, y, extra, known):
@@ -109,9 +107,9 @@ def swiglu(features: int, eps: float, biased: bool) -> Epilogue:
             value += extra[2][STRIP * strip + lane]
         up = cuda.shfl_down_sync(ALL, value, 16)
         if lane < 16 and 16 * strip + lane < y.shape[1]:
-            y[row, known[2]] = value / (np.float32(1) + cuda.libdevice.fast_expf(-value)) * up
+            y[row, 16 * strip + lane] = value / (np.float32(1) + cuda.libdevice.fast_expf(-value)) * up
 
-    return Epilogue(read, (nothing, nothing, NOWHERE), silu_times_up)
+    return Epilogue(read, (nothing, nothing), silu_times_up)
 
 
 @functools.cache

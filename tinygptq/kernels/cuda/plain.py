@@ -92,11 +92,10 @@ def code_at(codes, bits, strip, column, k):
 
 @kernel
 def gather_columns(x, perm, out):
-    """``out = x[:, perm]`` for act-order: rows of W are sorted by group, so x has to follow. Grid-stride over elements."""
-    columns = x.shape[1]
-    for i in range(cuda.grid(1), x.shape[0] * columns, cuda.gridsize(1)):
-        row, column = i // columns, i % columns
-        out[row, column] = x[row, perm[column]]
+    """``out = x[:, perm]`` for act-order: rows of W are sorted by group, so x has to follow. A block for a row at a time."""
+    for row in range(cuda.blockIdx.x, x.shape[0], cuda.gridDim.x):
+        for column in range(cuda.threadIdx.x, x.shape[1], cuda.blockDim.x):
+            out[row, column] = x[row, perm[column]]
 
 
 @kernel

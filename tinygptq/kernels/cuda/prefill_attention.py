@@ -50,13 +50,13 @@ def pitch_of(width: int) -> int:
 
 @functools.cache
 def prefill_attention_kernel(heads: int, groups: int, dim: int, width: int) -> Kernel:
-    """The kernel ``(qkv, cos, sin, keys, values, start, order, out)``.
+    """The kernel ``(qkv, cos, sin, keys, values, start, out)``.
 
     Args: heads, groups, dim: as in :mod:`.decode_attention`; width: dimensions of a head in the cache.
 
     Shapes: qkv float16 [T, at least heads * dim], queries as they come from the product; cos, sin float32 [at least start +
     T, dim / 2]; keys, values float16 [groups, capacity, width], the new tokens' included, keys rotated; start: position of
-    the first of the T tokens; order int32 [heads * dim]: where each element of out goes; out float16 [T, heads * dim].
+    the first of the T tokens; out float16 [T, heads * dim].
     Grid (heads, ceil(T / 64)), block 128.
     """
     size, tile_keys, per_group = 2 * keys_of(width) * pitch_of(width), keys_of(width), heads // groups  # words of a tile
@@ -66,7 +66,7 @@ def prefill_attention_kernel(heads: int, groups: int, dim: int, width: int) -> K
     multiply_keys, multiply_values = _keys_product(width), _values_product(width)
     mask, soften, store = _mask(tile_keys), _softener(tile_keys, columns), _storer(dim, columns)
 
-    def prefill_attention(qkv, cos, sin, keys, values, start, order, out):
+    def prefill_attention(qkv, cos, sin, keys, values, start, out):
         shared = cuda.shared.array(shared_words, np.uint32, alignment=16)
         queries, scores = cuda.local.array(query_shape, np.uint32), cuda.local.array(score_shape, np.float32)
         mixed, state = cuda.local.array(mixed_shape, np.float32), cuda.local.array(4, np.float32)
@@ -93,7 +93,7 @@ def prefill_attention_kernel(heads: int, groups: int, dim: int, width: int) -> K
             multiply_values(mixed, scores, shared, now + size // 2)
             now = size - now
         copy_async_wait(0)
-        store(mixed, state, order, out, head, row)
+        store(mixed, state, out, head, row)
 
     return Kernel(prefill_attention, (THREADS, 3) if width <= 128 else THREADS)
 
@@ -256,10 +256,10 @@ def _values_product(width):
 
 
 def _storer(dim, columns):
-    """Device function: the mixture over its sum, to where the next linear wants it; ``row``: the warp's first."""
+    """Device function: store the mixture over its sum; ``row``: the warp's first."""
 
     @device_function
-    def store(mixed, state, order, out, head, row):
+    def store(mixed, state, out, head, row):
         lane = cuda.threadIdx.x & 31
         for half in range(2):
             total, line = state[2 * half + 1], row + (lane >> 2) + 8 * half
@@ -268,9 +268,9 @@ def _storer(dim, columns):
             share = np.float32(1) / total
             if line < out.shape[0]:
                 for n in range(columns):
-                    for e in range(2):
-                        d = 8 * n + 2 * (lane & 3) + e
-                        if d < dim:
-                            out[line, order[head * dim + d]] = mixed[n, 2 * half + e] * share
+                    d = 8 * n + 2 * (lane & 3)
+                    if d < dim:
+                        out[line, head * dim + d] = mixed[n, 2 * half] * share
+                        out[line, head * dim + d + 1] = mixed[n, 2 * half + 1] * share
 
     return store

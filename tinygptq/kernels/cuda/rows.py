@@ -1,7 +1,7 @@
 """The small layers between the products for many rows at once: embedding, RMSNorm, SwiGLU.
 
-Definitions: ops.rms_norm, ops.swiglu. Each writes its result in the order in which the next linear wants
-its rows (``order[i]``: where element i goes), so that act-order costs nothing.
+Definitions: ops.rms_norm, ops.swiglu. The first two write their result in the order in which the next linear wants its
+rows (``order[i]``: where element i goes); SwiGLU's comes in that order (see cuda/weights.py). So act-order costs little.
 """
 
 import functools
@@ -78,6 +78,7 @@ def add_norm_kernel(features: int, eps: float, add: bool, in_order: bool) -> Ker
     share, small, eighths = np.float32(1 / features), np.float32(eps), features // 8
     turns, put = -(-eighths // THREADS), _putter(in_order)
     held_shape = turns, 8  # what a thread holds of a row from the sum to the norm
+    sorted_size = 1 if in_order else features  # written to memory from there, 16 bytes at a time
 
     @device_function
     def read(h, y, at):
@@ -90,6 +91,7 @@ def add_norm_kernel(features: int, eps: float, add: bool, in_order: bool) -> Ker
 
     def add_norm(h, y, weight, order, x):
         shared, held = cuda.shared.array(33, np.float32), cuda.local.array(held_shape, np.float32)
+        ordered = cuda.shared.array(sorted_size, np.float16, alignment=16)
         start, total = np.int64(cuda.blockIdx.x) * features, np.float32(0)
         for n in range(turns):
             i = n * THREADS + cuda.threadIdx.x
@@ -108,11 +110,15 @@ def add_norm_kernel(features: int, eps: float, add: bool, in_order: bool) -> Ker
                 a = held[n, 0], held[n, 1], held[n, 2], held[n, 3]
                 b = held[n, 4], held[n, 5], held[n, 6], held[n, 7]
                 v, w = _floats(load_16_bytes(weight, 8 * i)), _floats(load_16_bytes(weight, 8 * i + 4))
-                put(x, cuda.blockIdx.x, order, 8 * i,
+                put(x, start, ordered, order, 8 * i,
                     half2_from_floats(a[0] * v[0] * factor, a[1] * v[1] * factor),
                     half2_from_floats(a[2] * v[2] * factor, a[3] * v[3] * factor),
                     half2_from_floats(b[0] * w[0] * factor, b[1] * w[1] * factor),
                     half2_from_floats(b[2] * w[2] * factor, b[3] * w[3] * factor))  # fmt: skip
+        if not in_order:
+            cuda.syncthreads()
+            for i in range(cuda.threadIdx.x, eighths, THREADS):
+                store_16_bytes(x, start + 8 * i, _eight(ordered, 8 * i))
 
     return Kernel(add_norm, THREADS)
 
@@ -135,50 +141,58 @@ def _plus(values, low, high):
 
 
 def _putter(in_order: bool):
-    """Device function that stores eight neighbouring numbers of a row, four half2."""
+    """Device function that stores eight neighbouring numbers, four half2, of the row of x that begins at ``start``, or puts
+    them where they belong in shared memory."""
 
     @device_function
-    def pair(x, row, order, column, word):
+    def pair(ordered, order, column, word):
         values = half2_to_floats(word)
-        x[row, order[column]], x[row, order[column + 1]] = values[0], values[1]
+        ordered[order[column]], ordered[order[column + 1]] = values[0], values[1]
 
     @device_function
-    def put(x, row, order, column, a, b, c, d):
+    def put(x, start, ordered, order, column, a, b, c, d):
         if in_order:
-            store_16_bytes(x, np.int64(row) * x.shape[1] + column, (a, b, c, d))
+            store_16_bytes(x, start + column, (a, b, c, d))
         else:
-            pair(x, row, order, column, a)
-            pair(x, row, order, column + 2, b)
-            pair(x, row, order, column + 4, c)
-            pair(x, row, order, column + 6, d)
+            pair(ordered, order, column, a)
+            pair(ordered, order, column + 2, b)
+            pair(ordered, order, column + 4, c)
+            pair(ordered, order, column + 6, d)
 
     return put
 
 
-@functools.cache
-def swiglu_kernel(in_order: bool) -> Kernel:
-    """The kernel ``(gate_up, order, z)``: ``z = silu(gate) * up``, eight columns a thread.
+@device_function
+def _eight(halves, at):
+    """Eight neighbouring float16 as four half2."""
+    return _two(halves, at), _two(halves, at + 2), _two(halves, at + 4), _two(halves, at + 6)
 
-    Args: in_order: ``order`` is 0, 1, 2 and so on.
 
-    Shapes: gate_up float16 [T, 2 I], 16 columns of gate and 16 of up in turn, I a multiple of 16; order int32 [I]; z float16
-    [T, I]. Grid (ceil(I / 2048), T), block 256.
+@device_function
+def _two(halves, at):
+    return half2_from_floats(halves[at], halves[at + 1])
+
+
+@device_function
+def _swiglu_pair(gate, up):
+    g, u = half2_to_floats(gate), half2_to_floats(up)
+    a = g[0] / (np.float32(1) + cuda.libdevice.fast_expf(-g[0])) * u[0]
+    return half2_from_floats(a, g[1] / (np.float32(1) + cuda.libdevice.fast_expf(-g[1])) * u[1])
+
+
+def _swiglu(gate_up, z):
+    """``z = silu(gate) * up``, eight columns a thread.
+
+    Shapes: gate_up float16 [T, 2 I], 16 columns of gate and 16 of up in turn, I a multiple of 16; z float16 [T, I]. Grid
+    (ceil(I / 2048), T), block 256.
     """
-    put = _putter(in_order)
+    row = np.int64(cuda.blockIdx.y)
+    column = 8 * (cuda.blockIdx.x * THREADS + cuda.threadIdx.x)
+    if column < z.shape[1]:
+        at = row * gate_up.shape[1] + column // 16 * 32 + column % 16
+        g, u = load_16_bytes(gate_up, at), load_16_bytes(gate_up, at + 16)
+        parts = _swiglu_pair(g[0], u[0]), _swiglu_pair(g[1], u[1]), _swiglu_pair(g[2], u[2]), _swiglu_pair(g[3], u[3])
+        store_16_bytes(z, row * z.shape[1] + column, parts)
 
-    @device_function
-    def of_pair(gate, up):
-        g, u = half2_to_floats(gate), half2_to_floats(up)
-        a = g[0] / (np.float32(1) + cuda.libdevice.fast_expf(-g[0])) * u[0]
-        return half2_from_floats(a, g[1] / (np.float32(1) + cuda.libdevice.fast_expf(-g[1])) * u[1])
 
-    def swiglu(gate_up, order, z):
-        row = cuda.blockIdx.y
-        column = 8 * (cuda.blockIdx.x * THREADS + cuda.threadIdx.x)
-        if column < z.shape[1]:
-            at = np.int64(row) * gate_up.shape[1] + column // 16 * 32 + column % 16
-            g, u = load_16_bytes(gate_up, at), load_16_bytes(gate_up, at + 16)
-            parts = of_pair(g[0], u[0]), of_pair(g[1], u[1]), of_pair(g[2], u[2]), of_pair(g[3], u[3])
-            put(z, row, order, column, parts[0], parts[1], parts[2], parts[3])
-
-    return Kernel(swiglu, THREADS)
+swiglu = Kernel(_swiglu, THREADS)
