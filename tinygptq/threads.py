@@ -8,12 +8,13 @@ the rows of a product are shared out among plain Python threads, which NumPy run
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -89,9 +90,24 @@ def share(rows: int, work: int, product: Callable[[slice], None], slices: int = 
             other.result()
 
 
-def alone() -> AbstractContextManager:
-    """Within it, BLAS and LAPACK run on one thread: for small matrices, where others to wake take longer than they help."""
-    return _blas().limit(limits=1, user_api="blas")
+_within = threading.local()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it, BLAS and LAPACK run on one thread: for small matrices, where others to wake take longer than they help.
+
+    Asking BLAS takes as long as a small product; a thread that is within one already does not ask again.
+    """
+    if getattr(_within, "alone", False):
+        yield
+        return
+    with _blas().limit(limits=1, user_api="blas"):
+        _within.alone = True
+        try:
+            yield
+        finally:
+            _within.alone = False
 
 
 @functools.cache

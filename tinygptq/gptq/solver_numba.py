@@ -11,6 +11,7 @@ Three things differ from the definition, none in the result but for floating-poi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numba import njit, prange
@@ -19,31 +20,33 @@ from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq.grid import CLIPS, OVERFLOW, SMALLEST_SCALE
 from tinygptq.gptq.solver import Columns
-from tinygptq.threads import matmul
+from tinygptq.threads import alone, share
 
 B = 8  # columns in a block: what `_correct_by_block` holds in registers
 ROWS = 64  # rows in a chunk, of which a core's second-level cache holds some 2,000 columns
-LEAF = 72  # Hessians up to this size are factored directly
+LEAF = 144  # Hessians up to this size are factored directly
+STRIP = 96  # rows or columns of a product's strip: narrower ones leave out more of a triangle, but are slower
 
 
 def inverse_cholesky(H: np.ndarray) -> np.ndarray | None:
     """Upper triangular Hinv with ``Hinv^T Hinv = H^-1`` for float64 H [in, in]; None when H is not positive definite."""
     Hinv = np.zeros_like(H)
     try:
-        _factor_into(Hinv, H, len(H) * np.finfo(np.float64).eps * H.diagonal().max())
+        with alone():
+            _factor_into(Hinv, H, len(H) * np.finfo(np.float64).eps * H.diagonal().max())
     except np.linalg.LinAlgError:
         return None
     return Hinv
 
 
 def _factor_into(Hinv: np.ndarray, H: np.ndarray, smallest: float) -> None:
-    """Write H's inverse factor, halves first. With H = R R^T, R upper triangular, and Hinv = R^-1:
+    """Write the inverse factor of H, of which the upper triangle is read, halves first. With H = R R^T and Hinv = R^-1:
 
         H = [A    C]   R = [P^-1   S  ]   Y factors D^-1,            S = C Y^T,
             [C^T  D]       [ 0    Y^-1]   P factors (A - S S^T)^-1,  and the corner of Hinv is -P S Y.
 
-    Nearly all work is in a few large products, which threads share well. Raises LinAlgError for pivots of at most
-    ``smallest``.
+    Nearly all work is in four products, whose strips leave out what is zero, or not needed of a symmetric result. Raises
+    LinAlgError for pivots of at most ``smallest``.
     """
     n = len(H)
     if n <= LEAF:
@@ -53,11 +56,38 @@ def _factor_into(Hinv: np.ndarray, H: np.ndarray, smallest: float) -> None:
         Hinv[:] = np.linalg.inv(L[::-1, ::-1])  # upper again, and so inverted without exchanging rows: zeros stay zeros
         return
     h = n // 2
-    P, Y = Hinv[:h, :h], Hinv[h:, h:]
+    A, C, P, corner, Y = H[:h, :h], H[:h, h:], Hinv[:h, :h], Hinv[:h, h:], Hinv[h:, h:]
+    S, SY, rest = np.empty((h, n - h)), np.empty((h, n - h)), np.empty((h, h))
     _factor_into(Y, H[h:, h:], smallest)
-    S = matmul(H[:h, h:], Y.T)
-    _factor_into(P, H[:h, :h] - matmul(S, S.T), smallest)
-    Hinv[:h, h:] = matmul(-P, matmul(S, Y))
+
+    def multiply_by_Y_transposed(j: int, k: int) -> None:
+        np.matmul(C[:, j:], Y[j:k, j:].T, out=S[:, j:k])
+
+    def subtract_square(j: int, k: int) -> None:
+        np.subtract(A[j:k, j:], S[j:k] @ S[j:].T, out=rest[j:k, j:])
+
+    def multiply_by_Y(j: int, k: int) -> None:
+        np.matmul(S[:, :k], Y[:k, j:k], out=SY[:, j:k])
+
+    def multiply_by_P(j: int, k: int) -> None:
+        np.matmul(P[j:k, j:], -SY[j:], out=corner[j:k])
+
+    _by_strips(n - h, multiply_by_Y_transposed)
+    _by_strips(h, subtract_square)
+    _factor_into(P, rest, smallest)
+    _by_strips(n - h, multiply_by_Y)
+    _by_strips(h, multiply_by_P)
+
+
+def _by_strips(n: int, product: Callable[[int, int], None]) -> None:
+    """Call ``product(j, k)`` for strips j .. k-1 that make up n rows or columns, at once: half of a product of n^3."""
+    strips = max(1, n // STRIP)
+
+    def some(of_them: slice) -> None:
+        for i in range(of_them.start, of_them.stop):
+            product(n * i // strips, n * (i + 1) // strips)
+
+    share(strips, n**3 // 2, some, slices=strips)
 
 
 def quantize_columns(
