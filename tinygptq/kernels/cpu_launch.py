@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 from numba import cfunc, njit, prange
 
-from tinygptq.kernels import cpu_attention, cpu_decode, cpu_layout, cpu_rows, simd
+from tinygptq.kernels import cpu_attention, cpu_decode, cpu_integers, cpu_layout, cpu_rows, simd
 from tinygptq.kernels.simd import get
 
 log = logging.getLogger("tinygptq")
 
 # What a job does; its other numbers are named where they are read
-DECODE, REPACK, INTEGERS, TILES, DEQUANTIZE, WIDEN, SOFTMAX, RMS_NORM, SWIGLU, ROPE = range(10)
+DECODE, REPACK, INTEGERS, TILES, DEQUANTIZE, WIDEN, SOFTMAX, RMS_NORM, SWIGLU, ROPE, UNPACK, INTEGER_PRODUCT = range(12)
 
 
 def run(op: int, parts: int, *numbers: int | np.ndarray, number: float = 0.0) -> None:
@@ -103,5 +103,9 @@ def _compile(sources: int):
             cpu_rows.swiglu_part(job, part)
         elif op == ROPE:
             cpu_rows.rotate_row(job, part)
+        elif op == UNPACK:
+            cpu_integers.unpack_tile(job, part)
+        elif op == INTEGER_PRODUCT:
+            cpu_integers.product_part(job, part)
 
     return run_part

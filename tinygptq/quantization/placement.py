@@ -185,11 +185,11 @@ def host_bytes(config: LlamaConfig, ids: np.ndarray | None) -> int:
 
 
 def fast_model(source: Checkpoint, linears: dict[str, Linear]) -> Llama:
-    """The definition of the forward pass with the CPU kernels plugged in, over its own dict of linears."""
-    from tinygptq.kernels import cpu  # only here: importing Numba takes a while
+    """The definition of the forward pass with the CPU's kernels for calibration, over its own dict of linears."""
+    from tinygptq.kernels import cpu_calibration  # only here: importing Numba takes a while
 
     weights = Weights(source.weights.embedding, source.weights.head, source.weights.norms, linears)
-    return Llama(source.config, weights, cpu)
+    return Llama(source.config, weights, cpu_calibration)
 
 
 def packed(solution: Solution, config: QuantizeConfig, bias: np.ndarray | None = None) -> PackedLinear:
