@@ -9,6 +9,7 @@ are the values that attention mixes; queries and keys are rounded to fp16 once, 
 error meets every token (a weight's) or every occurrence of a token (in block 0 an input's), and does not average out in the
 Hessian of o_proj as roundings of its inputs do. On SmolLM2-135M, 4 bits in groups of 128, fp16 throughout leaves 98.8 % of
 block 0's codes of o_proj what float32 makes them; rounding x alone 99.3, the weights 99.1, q, k and v 99.5; this way 99.9.
+Attention of few heads, which takes next to no time, is float32 from queries to mixtures.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tinygptq.weights import DenseLinear
 
 THREADS, LANES = 256, 32
 QUERIES = 512  # of one sequence whose scores are in memory at once
+NARROW = 2048  # elements of a token's queries up to which attention is float32 throughout
 LOG2E = np.float32(math.log2(math.e))
 ONE, ZERO, LOWEST = np.float32(1), np.float32(0), np.float32(-3e38)
 
@@ -79,15 +81,10 @@ def rms_norm(x: Any, weight: Any, eps: float) -> Any:
 
 
 def apply_rope(x: Any, cos: Any, sin: Any) -> Any:
-    """[B, H, T, D], a view of contiguous [B, T, H, D] -> float16 of its shape; in place where it is float16, else float32.
-
-    cos, sin: float32 [T, D/2].
-    """
+    """[B, H, T, D], a view of contiguous [B, T, H, D], float16 or float32, in place; cos, sin: float32 [T, D/2]."""
     flat = x.swapaxes(1, 2)  # (B, T, H, D)
-    out = flat if flat.dtype == np.float16 else cupy().empty(flat.shape, np.float16)
-    pairs, rows = flat.size // 2, (-1, *flat.shape[-2:])
-    ROTATE(_blocks(pairs), THREADS, _stream(), flat.reshape(rows), cos, sin, out.reshape(rows))
-    return out.swapaxes(1, 2)
+    ROTATE(_blocks(flat.size // 2), THREADS, _stream(), flat.reshape(-1, *flat.shape[-2:]), cos, sin)
+    return x
 
 
 def swiglu(gate: Any, up: Any) -> Any:
@@ -98,19 +95,22 @@ def swiglu(gate: Any, up: Any) -> Any:
 
 
 def causal_attention(q: Any, k: Any, v: Any) -> Any:
-    """q [B, H, T, D] and k, v [B, G, T, D], views of contiguous [B, T, heads, D] -> [B, T, H * D]; float16, v also float32.
+    """q [B, H, T, D] and k, v [B, G, T, D], views of contiguous [B, T, heads, D] -> [B, T, H * D]; float16 or all float32.
 
     QUERIES queries of all heads of a sequence at a time: their scores in float32, a softmax, their mixtures. No query's
-    tile has keys beyond its last query.
+    tile has keys beyond its last query. The result is float32 where all is (see NARROW), else float16.
     """
     cp, (batch, heads, tokens, dim), groups = cupy(), q.shape, k.shape[1]
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     assert all(x.flags.c_contiguous for x in (q, k, v))
-    # the small part of float32 values first: their sum is then rounded to fp16 only once, when the large part comes to it
-    values = ((v, 1.0),) if v.dtype == np.float16 else tuple(zip(split(v)[::-1], (LOW, 1.0), strict=True))
-    out = cp.empty((batch, tokens, heads * dim), np.float16)
+    values, kept = ((v, 1.0),), v.dtype
+    if kept == np.float32 and heads * dim > NARROW:
+        # the small part of values first: their sum is then rounded to fp16 only once, when the large part comes to it
+        values, kept = tuple(zip(split(v)[::-1], (LOW, 1.0), strict=True)), np.float16
+    q, k = q.astype(kept, copy=False), k.astype(kept, copy=False)
+    out = cp.empty((batch, tokens, heads * dim), kept)
     size = heads * min(QUERIES, tokens) * tokens
-    scores, shares = cp.empty(size, np.float32), cp.empty(size, np.float16)
+    scores, shares = cp.empty(size, np.float32), cp.empty(size, kept)
     for b in range(batch):
         for first in range(0, tokens, QUERIES):
             count = min(QUERIES, tokens - first)
@@ -163,16 +163,16 @@ def norm_rows(x, weight, eps, out):
         out[row, k] = np.float32(x[row, k]) * inverse * weight[k]
 
 
-def rotate_pairs(x, cos, sin, out):
-    """x float16 or float32 [B * T, heads, D], out float16 and may be x; a thread for each pair, grid-stride."""
+def rotate_pairs(x, cos, sin):
+    """x float16 or float32 [B * T, heads, D], in place; a thread for each pair, grid-stride."""
     positions, half = cos.shape
     heads = x.shape[1]
     for i in range(cuda.grid(1), x.size // 2, cuda.gridsize(1)):
         d, head, token = i % half, i // half % heads, i // (half * heads)
         c, s = cos[token % positions, d], sin[token % positions, d]
         a, b = np.float32(x[token, head, d]), np.float32(x[token, head, d + half])
-        out[token, head, d] = np.float16(a * c - b * s)
-        out[token, head, d + half] = np.float16(b * c + a * s)
+        x[token, head, d] = a * c - b * s
+        x[token, head, d + half] = b * c + a * s
 
 
 def gate_pairs(gate, up):
@@ -185,7 +185,7 @@ def gate_pairs(gate, up):
 
 def softmax_rows(scores, shares, queries, first, factor):
     """A warp for each row of scores float32 [heads * queries, S]: the softmax, base 2, of ``factor * score`` over keys up to
-    the query's own position ``first + row % queries``; 0 beyond it. shares: float16, of the same shape."""
+    the query's own position ``first + row % queries``; 0 beyond it. shares: float16 or float32, of the same shape."""
     row = cuda.blockIdx.x * (THREADS // LANES) + cuda.threadIdx.x // LANES
     lane = cuda.threadIdx.x % LANES
     if row < scores.shape[0]:
@@ -202,7 +202,7 @@ def softmax_rows(scores, shares, queries, first, factor):
         inverse = ONE / warp_sum(total * exp2(largest - highest))
         for k in range(lane, scores.shape[1], LANES):
             share = exp2(scores[row, k] * factor - highest) * inverse if k < visible else ZERO
-            shares[row, k] = np.float16(share)
+            shares[row, k] = share
 
 
 NORM, ROTATE = Kernel(norm_rows, THREADS), Kernel(rotate_pairs, THREADS)
