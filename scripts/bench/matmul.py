@@ -9,8 +9,8 @@ larger than the L2 cache by far, so that weights come from memory as they do in 
 relative error of that same layer against float64, on fresh random numbers. Act-order layers are timed with x's columns in
 the order of the sorted rows, as the kernel before writes them. Up to 16 rows there are two times: each product launched
 after the one before it has ended ("us"), and with programmatic dependent launch, as the decoding engine does it, so that a
-product asks for its first weights while the one before it ends ("us_dependent"). Each variant has a process of its own:
-they compile side by side, then measure one after another.
+product asks for its first weights while the one before it ends ("us_dependent"). Variants are compiled side by side, then
+measured one after another, each by a process of its own that has the GPU to itself.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ import argparse
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import statistics
 import sys
-import threading
-import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,7 +142,7 @@ def relative_error(x: np.ndarray, packed: Any, out: np.ndarray) -> float:
 class Case:
     """One variant at one shape: a layer, and copies of it with other codes to rotate through."""
 
-    def __init__(self, k: int, n: int, **variant: Any) -> None:
+    def __init__(self, k: int, n: int, copies: int = 0, **variant: Any) -> None:
         import cupy
 
         from tinygptq.kernels.cuda.layout import to_device
@@ -152,21 +150,27 @@ class Case:
         self.rng = np.random.default_rng()
         self.packed = random_layer(self.rng, k, n, **variant)
         first = to_device(self.packed)
-        copies = max(2, -(-ROTATED_BYTES // first.nbytes))
+        copies = copies or max(2, -(-ROTATED_BYTES // first.nbytes))
         words = [cupy.random.randint(0, 1 << 32, first.codes.shape, dtype=np.uint32) for _ in range(copies - 1)]
         self.layers = [first] + [replace(first, codes=codes, scales=first.scales.copy()) for codes in words]
 
-    def run(self, rows: int, timed: bool) -> dict[str, Any]:
-        """Check one product, and time it."""
+    def product(self, rows: int) -> tuple[np.ndarray, Any, Any]:
+        """The first layer's, with fresh random x: x float16 [rows, K] on the host and on the GPU, and the result."""
         import cupy
 
         from tinygptq.kernels.cuda import dispatch
-        from tinygptq.kernels.cuda.runtime import capability
 
         layer = self.layers[0]
         host = self.rng.normal(size=(rows, layer.in_features)).astype(np.float16)
         x, out = cupy.asarray(host), cupy.full((rows, layer.out_features), np.nan, np.float16)
-        dispatch.linear(x, layer, out)
+        return host, x, dispatch.linear(x, layer, out)
+
+    def measure(self, rows: int) -> dict[str, Any]:
+        """Check one product, and time it."""
+        from tinygptq.kernels.cuda import dispatch
+        from tinygptq.kernels.cuda.runtime import capability
+
+        layer, (host, x, out) = self.layers[0], self.product(rows)
         result = {
             "k": layer.in_features,
             "n": layer.out_features,
@@ -175,62 +179,46 @@ class Case:
             "bytes": layer.nbytes + x.nbytes + out.nbytes,
             "relative_error": relative_error(host, self.packed, out.get()),
         }
-        if timed:
 
-            def work(stream: Any, dependent: bool = False) -> None:
-                for each in self.layers:
-                    dispatch.linear(x, each, out, stream, gathered=True, dependent=dependent)
+        def work(stream: Any, dependent: bool = False) -> None:
+            for each in self.layers:
+                dispatch.linear(x, each, out, stream, gathered=True, dependent=dependent)
 
-            result["us"] = graph_time(work, len(self.layers))
-            if result["kernel"] == "matvec" and capability() >= (9, 0):
-                result["us_dependent"] = graph_time(functools.partial(work, dependent=True), len(self.layers))
+        result["us"] = graph_time(work, len(self.layers))
+        if result["kernel"] == "matvec" and capability() >= (9, 0):
+            result["us_dependent"] = graph_time(functools.partial(work, dependent=True), len(self.layers))
         return result
 
 
-def measure_variant(name: str, rows: tuple[int, ...], barrier: Any, lock: Any, queue: Any) -> None:
-    """In a process of its own: compile, wait for the others, then measure alone."""
-    results: list[dict[str, Any]] = []
-    try:
-        small = Case(1024, 1024, **VARIANTS[name])
+def compile_variant(name: str, rows: tuple[int, ...]) -> None:
+    """Run every kernel of a variant once: the next process finds it in the cache on the disk."""
+    for k, n in SHAPES:
+        case = Case(k, n, copies=1, **VARIANTS[name])
         for m in rows:
-            small.run(m, timed=False)
-        barrier.wait(timeout=300)
-        with lock:
-            for k, n in SHAPES:
-                case = Case(k, n, **VARIANTS[name])
-                results += [{"variant": name, **case.run(m, timed=True)} for m in rows]
-                del case
-    except Exception:
-        queue.put({"variant": name, "error": f"{name}: {traceback.format_exc(limit=-4)}"})
-        barrier.abort()
-    queue.put(results)
+            case.product(m)
+
+
+def measure_variant(name: str, rows: tuple[int, ...]) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+    for k, n in SHAPES:
+        case = Case(k, n, **VARIANTS[name])
+        results += [{"variant": name, **case.measure(m)} for m in rows]
+        del case
+    return results
+
+
+def measure_cublas(rows: tuple[int, ...]) -> dict[str, Any]:
+    return {**describe(), "copy_tb_per_s": copy_bandwidth(), "results": cublas_times(rows)}
 
 
 def measure(variants: list[str], rows: tuple[int, ...]) -> dict[str, Any]:
     """Everything, as it is written to the file."""
-    context = multiprocessing.get_context("spawn")
-    barrier, lock, queue = context.Barrier(len(variants) + 1), context.Lock(), context.Queue()
-    workers = [context.Process(target=measure_variant, args=(name, rows, barrier, lock, queue)) for name in variants]
-    for worker in workers:
-        worker.start()
-    with lock:  # the first to measure
-        try:
-            barrier.wait(timeout=300)
-        except threading.BrokenBarrierError:
-            raise SystemExit(queue.get(timeout=10)["error"]) from None
-        time.sleep(1)
-        record = {**describe(), "copy_tb_per_s": copy_bandwidth(), "results": cublas_times(rows)}
-        free_memory()
-    waiting = len(workers)
-    while waiting:
-        found = queue.get(timeout=400)
-        if isinstance(found, dict):
-            print(found["error"], file=sys.stderr)
-        else:
-            record["results"] += found
-            waiting -= 1
-    for worker in workers:
-        worker.join()
+    context, jobs = multiprocessing.get_context("spawn"), [(name, rows) for name in variants]
+    with context.Pool(len(variants)) as pool:
+        pool.starmap(compile_variant, jobs, chunksize=1)
+    with context.Pool(1, maxtasksperchild=1) as pool:  # nobody else has anything on the GPU
+        record = pool.apply(measure_cublas, (rows,))
+        record["results"] += itertools.chain(*pool.starmap(measure_variant, jobs, chunksize=1))
     order = ["cuBLAS fp16", *VARIANTS]
     record["results"].sort(key=lambda result: order.index(result["variant"]))
     for result in record["results"]:
@@ -264,12 +252,6 @@ def describe() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "versions": versions,
     }
-
-
-def free_memory() -> None:
-    import cupy
-
-    cupy.get_default_memory_pool().free_all_blocks()
 
 
 def cell(result: dict[str, Any] | None, cublas_us: float) -> str:
