@@ -15,6 +15,7 @@ import numpy as np
 from tinygptq import threads
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels import cpu_launch, cpu_tiles
+from tinygptq.kernels.cpu_integers import HEIGHT
 from tinygptq.kernels.cpu_layout import place_of_rows
 from tinygptq.kernels.cpu_rows import STRETCH, TILES_AT_ONCE
 from tinygptq.kernels.cpu_tiles import COLUMNS, FIELDS, UNIT
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 FEW_ROWS = 16  # up to here x goes through the tiles; writing W out for BLAS pays only for many rows
-SCORES_AT_ONCE = 1 << 18  # attention scores that a thread has in memory at a time (1 MiB)
+ATTENTION_SLICES = 16  # of the queries, for each thread
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,31 +257,28 @@ def _room(count: int) -> np.ndarray:
 
 
 def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The fast twin of :func:`tinygptq.ops.causal_attention`, a block of queries at a time: never all T x S scores.
+    """The fast twin of :func:`tinygptq.ops.causal_attention`, a few queries at a time: never all T x S scores.
 
     Shapes:
         q: float32 [B, H, T, D], the last T of S positions. k, v: [B, G, S, D]. Returns [B, T, H * D].
     """
-    batch, heads, tokens, dim = q.shape
-    groups, seen = k.shape[1], k.shape[2]
-    share = heads // groups  # query heads that read the same keys: one product for them all
-    out = np.empty((batch, tokens, groups, share, dim), np.float32)
-    q = q.reshape(batch, groups, share, tokens, dim)
-    block = min(tokens, max(16, SCORES_AT_ONCE // (share * seen)))
-    tasks = [(b, g, start) for start in range(0, tokens, block) for b in range(batch) for g in range(groups)]
+    (batch, heads, tokens, dim), (_, groups, seen, _) = q.shape, k.shape
+    q, k, v = (x if x.strides[-1] == x.itemsize else np.ascontiguousarray(x) for x in (q, k, v))
+    wide, long = (-(-n // COLUMNS) * COLUMNS for n in (dim, seen))
+    keys, values = np.empty((batch * groups, long, dim), np.float32), np.empty((batch * groups, wide, seen), np.float32)
+    layout = (k, v, *k.strides[:3], *v.strides[:3], groups, seen, dim, keys, values)
+    cpu_launch.run(cpu_launch.LAY_OUT, batch * groups, *layout, number=dim**-0.5)
+    out = np.empty((batch, tokens, heads * dim), np.float32)
+    share = heads // groups  # query heads that read the same keys
+    sizes = (groups, share, tokens, seen, dim, keys, values)
 
     def attend(some: slice) -> None:
-        for b, g, start in tasks[some]:
-            end = min(start + block, tokens)
-            visible = seen - tokens + end  # keys that the block's last query sees
-            rows = (q[b, g, :, start:end] * np.float32(dim**-0.5)).reshape(-1, dim)  # (H/G * t, D)
-            scores = rows @ k[b, g, :visible].T  # (H/G * t, S')
-            cpu_launch.run_here(cpu_launch.SOFTMAX, len(scores), scores, visible, end - start)
-            mixed = (scores @ v[b, g, :visible]).reshape(share, end - start, dim)
-            out[b, start:end, g] = mixed.swapaxes(0, 1)  # (t, H/G, D)
+        room = np.empty((share * HEIGHT, dim + long + wide), np.float32)
+        cpu_launch.run_here(cpu_launch.ATTEND, some, q, *q.strides[:3], out, *sizes, room)
 
-    threads.share(len(tasks), 2 * q.size * seen, attend, slices=len(tasks))
-    return out.reshape(batch, tokens, heads * dim)
+    parts = batch * groups * -(-tokens // HEIGHT)
+    threads.share(parts, 2 * q.size * seen, attend, slices=ATTENTION_SLICES)
+    return out
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:

@@ -5,18 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinygptq.kernels import simd
-from tinygptq.kernels.simd import LANES, fma, get, inner, load_f32, splat, store_f32
-
-
-@inner
-def causal_softmax_row(job, row):
-    """Softmax of one row of scores [.., S], of those that its query sees. Job: op, scores, S, queries in the block."""
-    visible, tokens = get(job, 2), get(job, 3)
-    scores = get(job, 1) + 4 * visible * row
-    seen = visible - tokens + 1 + row % tokens  # the block's last query sees all S keys
-    softmax_row(scores, seen)
-    for i in range(seen, visible):
-        simd.write_f32(scores + 4 * i, np.float32(0.0))
+from tinygptq.kernels.simd import LANES, fma, inner, load_f32, splat, store_f32
 
 
 @inner

@@ -18,6 +18,7 @@ from tinygptq.weights import Linear
 
 __all__ = ["apply_rope", "causal_attention", "linear", "rms_norm", "swiglu"]
 
+SLICES = 16  # of the rows, for each thread: W is unpacked once for all
 MANY_ROWS = 256  # from here on, unpacking W is soon made up for
 
 
@@ -42,14 +43,10 @@ def _product(x: np.ndarray, weights: CpuLinear) -> np.ndarray:
     parts = -(-len(x) // ROWS_AT_ONCE)
 
     def some(of_them: slice) -> None:
-        rows = slice(of_them.start * ROWS_AT_ONCE, of_them.stop * ROWS_AT_ONCE)
-        few, out = x[rows], y[rows]
         integers = np.empty((ROWS_AT_ONCE, weights.padded_rows), np.int16)
         scales, ordered = np.empty((ROWS_AT_ONCE, stretches), np.float32), np.empty(weights.padded_rows, np.float32)
-        cpu_launch.run_here(
-            cpu_launch.INTEGER_PRODUCT, of_them.stop - of_them.start, table, few, few.strides[0], len(few), pairs,
-            out, out.strides[0], integers, scales, stretches, ordered,
-        )  # fmt: skip
+        job = (table, x, x.strides[0], len(x), pairs, y, y.strides[0], integers, scales, stretches, ordered)
+        cpu_launch.run_here(cpu_launch.INTEGER_PRODUCT, of_them, *job)
 
-    threads.share(parts, x.size * y.shape[1] // 2, some, slices=2 * threads.SLICES)
+    threads.share(parts, x.size * y.shape[1] // 2, some, slices=SLICES)
     return y[: len(x), : weights.out_features]

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 from numba import cfunc, njit, prange
 
-from tinygptq.kernels import cpu_attention, cpu_decode, cpu_integers, cpu_layout, cpu_rows, simd
+from tinygptq.kernels import cpu_decode, cpu_integers, cpu_layout, cpu_prompt_attention, cpu_rows, simd
 from tinygptq.kernels.simd import get
 
 log = logging.getLogger("tinygptq")
 
 # What a job does; its other numbers are named where they are read
-DECODE, REPACK, INTEGERS, TILES, DEQUANTIZE, WIDEN, SOFTMAX, RMS_NORM, SWIGLU, ROPE, UNPACK, INTEGER_PRODUCT = range(12)
+DECODE, REPACK, INTEGERS, TILES, DEQUANTIZE, WIDEN, RMS_NORM, SWIGLU, ROPE = range(9)
+UNPACK, INTEGER_PRODUCT, LAY_OUT, ATTEND = range(9, 13)
 
 
 def run(op: int, parts: int, *numbers: int | np.ndarray, number: float = 0.0) -> None:
@@ -33,15 +34,15 @@ def run(op: int, parts: int, *numbers: int | np.ndarray, number: float = 0.0) ->
     _launch(kernels().address, job.ctypes.data, parts, np.float32(number))
 
 
-def run_here(op: int, parts: int, *numbers: int | np.ndarray) -> None:
-    """The same on the calling thread alone, with Python's lock released: for threads that share out larger tasks."""
+def run_here(op: int, parts: slice, *numbers: int | np.ndarray) -> None:
+    """Some parts on the calling thread alone, with Python's lock released: for threads that share out larger tasks."""
     job = np.array([op, *(n.ctypes.data if isinstance(n, np.ndarray) else n for n in numbers)], np.int64)
-    _launch_here(kernels().address, job.ctypes.data, parts)
+    _launch_here(kernels().address, job.ctypes.data, parts.start, parts.stop)
 
 
 @njit(nogil=True, cache=True)
-def _launch_here(function, job, parts):
-    for part in range(parts):
+def _launch_here(function, job, first, last):
+    for part in range(first, last):
         simd.call(function, job, part, np.float32(0))
 
 
@@ -95,8 +96,6 @@ def _compile(sources: int):
             cpu_layout.dequantized_tile(get(job, 1), part, get(job, 2), get(job, 3))
         elif op == WIDEN:
             cpu_rows.widen_row(job, part)
-        elif op == SOFTMAX:
-            cpu_attention.causal_softmax_row(job, part)
         elif op == RMS_NORM:
             cpu_rows.rms_norm_row(job, part, number)
         elif op == SWIGLU:
@@ -107,5 +106,9 @@ def _compile(sources: int):
             cpu_integers.unpack_tile(job, part)
         elif op == INTEGER_PRODUCT:
             cpu_integers.product_part(job, part)
+        elif op == LAY_OUT:
+            cpu_prompt_attention.lay_out(job, part, number)
+        elif op == ATTEND:
+            cpu_prompt_attention.attend_part(job, part)
 
     return run_part
