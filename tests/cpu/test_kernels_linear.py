@@ -146,3 +146,12 @@ def test_wrong_input_size_is_one_line():
 def test_unknown_weight_type_is_one_line():
     with pytest.raises(TinyGPTQError, match="float64"):
         cpu.linear(np.zeros((1, 4), np.float32), DenseLinear(np.zeros((2, 4))))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("shape", [(192, 576), (3, 37)])
+def test_a_dense_weight_is_widened_exactly(dtype, shape):
+    weight = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    wide = cpu.widened(DenseLinear(weight))
+    assert wide.dtype == np.float32
+    assert np.array_equal(wide, weight.astype(np.float32))

@@ -7,6 +7,7 @@ import pytest
 
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq import Hessian
+from tinygptq.gptq.hessian import reordered
 
 
 def activations(*shape: int) -> np.ndarray:
@@ -80,3 +81,9 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
 def test_an_empty_hessian_is_an_error() -> None:
     with pytest.raises(TinyGPTQError, match="no calibration activations"):
         _ = Hessian(8).H
+
+
+@pytest.mark.parametrize("size", [1, 7, 600])  # the last one is shared among threads
+def test_rows_and_columns_are_reordered_together(size: int) -> None:
+    H, order = activations(size, size), np.random.default_rng(2).permutation(size)
+    assert np.array_equal(reordered(H, order), H[np.ix_(order, order)])

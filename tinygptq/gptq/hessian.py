@@ -10,6 +10,8 @@ from tinygptq import threads
 from tinygptq.errors import TinyGPTQError
 from tinygptq.ops import array_module
 
+TAKING = 16  # multiplications that take as long as moving one number to another place
+
 
 class Hessian:
     """``H = 2/n * sum over tokens of x x^T``, n the number of calibration sequences (Frantar et al. 2022, section 3).
@@ -88,4 +90,12 @@ def shrink(H: np.ndarray, share: float) -> np.ndarray:
 def reordered(H: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Rows and columns of H [n, n] in another order, int [n]: a new array."""
     xp = array_module(H)
-    return xp.take(xp.take(H, order, axis=0), order, axis=1)  # CuPy's H[ix_] would make index arrays of its size
+    if xp is not np:
+        return xp.take(xp.take(H, order, axis=0), order, axis=1)  # CuPy's H[ix_] would make index arrays of its size
+    out = np.empty_like(H)
+
+    def some(rows: slice) -> None:
+        np.take(H[order[rows]], order, axis=1, out=out[rows], mode="clip")  # any other mode would copy ``out`` first
+
+    threads.share(len(H), H.size * TAKING, some)
+    return out

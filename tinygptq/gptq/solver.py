@@ -117,7 +117,7 @@ def solve(
     factor = H if isinstance(H, Factor) else prepare(H, config, method=method, dtype=dtype, name=name)
     if factor.dead.shape != W.shape[1:]:
         raise TinyGPTQError(f"{name}: W is {W.shape}, so H should be [{W.shape[1]}, same], found {factor.dead.shape[0]}")
-    W = xp.where(factor.dead, W.dtype.type(0), W)  # (out, in)
+    W *= ~factor.dead  # (out, in), a copy of the caller's
     with _named(name):
         importance: Any = factor.importance.astype(dtype, copy=False) if config.recipe.clip else None
         static = functions_of(method).static_grids(W, config, importance) if config.grids_first else None

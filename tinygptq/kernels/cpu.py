@@ -33,6 +33,7 @@ __all__ = [
     "rms_norm",
     "swiglu",
     "warm_up",
+    "widened",
 ]
 
 FEW_ROWS = 16  # up to here x goes through the tiles; writing W out for BLAS pays only for many rows
@@ -238,12 +239,24 @@ def _many(x: np.ndarray, weights: CpuLinear) -> np.ndarray:
         cpu_launch.run(cpu_launch.DEQUANTIZE, columns // COLUMNS, weights.table, weight, weight.strides[0])
         y = threads.matmul(x, weight[:, :outputs])
     else:
-        weight = _room(inputs * outputs).reshape(outputs, inputs)
-        cpu_launch.run(cpu_launch.WIDEN, outputs, weights.table, weight)
-        y = threads.matmul(x, weight.T)
+        y = threads.matmul(x, _widen(weights, _room(inputs * outputs).reshape(outputs, inputs)).T)
     if bias is not None:
         y += bias
     return y
+
+
+def widened(layer: DenseLinear) -> np.ndarray:
+    """The weight of a linear in float32 [N, K]; it may be the linear's own array."""
+    weights = prepared(layer)
+    if weights.table[cpu_tiles.KIND] == cpu_tiles.FLOAT32:
+        return weights.arrays[0]
+    return _widen(weights, np.empty(layer.weight.shape, np.float32))
+
+
+def _widen(weights: CpuLinear, out: np.ndarray) -> np.ndarray:
+    """A 16-bit weight written to ``out``, float32 [N, K]."""
+    cpu_launch.run(cpu_launch.WIDEN, len(out), weights.table, out)
+    return out
 
 
 def _room(count: int) -> np.ndarray:

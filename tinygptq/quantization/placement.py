@@ -98,7 +98,7 @@ class Host:
         return contextlib.nullcontext()
 
     def model(self, source: Checkpoint) -> Llama:
-        return fast_model(source, dict(source.weights.linears))
+        return calibration_model(source)
 
     def batches(self, ids: np.ndarray) -> list[np.ndarray]:
         """Whole windows, about TOKENS_AT_ONCE tokens together."""
@@ -130,7 +130,9 @@ class Host:
 
     def weight(self, linear: Linear) -> np.ndarray:
         """W, float32 (out, in)."""
-        return np.asarray(dense(linear).weight, np.float32)
+        from tinygptq.kernels import cpu  # only here: importing Numba takes a while
+
+        return cpu.widened(dense(linear))
 
     def static_grids(self, W: np.ndarray, config: QuantizeConfig) -> tuple[np.ndarray, np.ndarray]:
         from tinygptq.gptq import solver_numba  # only here: importing Numba takes a while
@@ -185,11 +187,21 @@ def host_bytes(config: LlamaConfig, ids: np.ndarray | None) -> int:
 
 
 def fast_model(source: Checkpoint, linears: dict[str, Linear]) -> Llama:
-    """The definition of the forward pass with the CPU's kernels for calibration, over its own dict of linears."""
+    """The definition of the forward pass with the CPU kernels plugged in, over its own dict of linears."""
+    from tinygptq.kernels import cpu  # only here: importing Numba takes a while
+
+    return Llama(source.config, _with(source.weights, linears), cpu)
+
+
+def calibration_model(source: Checkpoint) -> Llama:
+    """The same for calibration text, over a dict in which linears can be replaced: the model to quantise."""
     from tinygptq.kernels import cpu_calibration  # only here: importing Numba takes a while
 
-    weights = Weights(source.weights.embedding, source.weights.head, source.weights.norms, linears)
-    return Llama(source.config, weights, cpu_calibration)
+    return Llama(source.config, _with(source.weights, dict(source.weights.linears)), cpu_calibration)
+
+
+def _with(weights: Weights, linears: dict[str, Linear]) -> Weights:
+    return Weights(weights.embedding, weights.head, weights.norms, linears)
 
 
 def packed(solution: Solution, config: QuantizeConfig, bias: np.ndarray | None = None) -> PackedLinear:
