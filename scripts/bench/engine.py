@@ -195,7 +195,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.part:
-        print(json.dumps(PARTS[args.part](args.folders[0])))
+        found = PARTS[args.part](args.folders[0])
+        if found is not None:
+            print(json.dumps(found))
         return
     results: list[dict[str, Any]] = []
     shown: dict[str, Any] = {}

@@ -101,7 +101,7 @@ def plan(
     if row_tiles == 2:
         # x is read again by every block: for a long K that is more than the L2 gives, unless two strips share it
         if each == 1 and inner >= 64 * CHUNK and strips % 2 == 0 and capability >= (9, 0):
-            return Plan(12, width=2, split=2)
+            return Plan(8, width=2, split=2)
         return Plan(8) if each == 1 else Plan(4, resident=3)
     if each == 1 or bits == 8:
         return Plan(16, ahead=bits in (3, 4))
