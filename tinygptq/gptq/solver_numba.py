@@ -57,7 +57,7 @@ def _factor_into(Hinv: np.ndarray, H: np.ndarray, smallest: float) -> None:
         return
     h = n // 2
     A, C, P, corner, Y = H[:h, :h], H[:h, h:], Hinv[:h, :h], Hinv[:h, h:], Hinv[h:, h:]
-    S, SY, rest = np.empty((h, n - h)), np.empty((h, n - h)), np.empty((h, h))
+    S, SY, rest = np.empty((h, n - h)), np.empty((h, n - h)), np.zeros((h, h))
     _factor_into(Y, H[h:, h:], smallest)
 
     def multiply_by_Y_transposed(j: int, k: int) -> None:
