@@ -48,9 +48,11 @@ def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def product(a: Any, b: Any) -> Any:
-    """``a [..., M, K] @ b [K, N]``, on all cores where arrays are NumPy's; CuPy's know how themselves."""
+    """``a [..., M, K] @ b``, b [K, N] or [..., K, N], on all cores where arrays are NumPy's; CuPy's know how themselves."""
     if not isinstance(a, np.ndarray):
         return a @ b
+    if b.ndim > 2:
+        return matmul(a, b)
     return matmul(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[1])
 
 

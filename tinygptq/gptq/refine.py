@@ -12,6 +12,7 @@ Neither ever makes the objective larger. Rows do not depend on each other. refin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -118,27 +119,43 @@ def refit_scales(WH: np.ndarray, H: np.ndarray, C: np.ndarray, scales: np.ndarra
         H = reordered(H, order)
     bounds = [int(start) for start in xp.searchsorted(g_idx[order], xp.arange(G + 1))]
     fitted, rows = xp.empty_like(scales), max(1, BYTES_AT_ONCE // (8 * G * G))
+    # on a GPU a launch takes longer than a group's work; a processor's cache holds one group's
+    at_once = 1 if xp is np else max(1, BYTES_AT_ONCE // (4 * C.size))
     for r in range(0, len(C), rows):
         c, s = C[r : r + rows, order], scales[r : r + rows].astype(np.float64)
         b = _group_sums(WH[r : r + rows, order] * c, bounds).astype(np.float64)  # (rows, G)
         A = xp.empty((len(c), G, G))
-        for g in range(G):  # A is symmetric
-            k, end = bounds[g], bounds[g + 1]
-            A[:, g, g:] = A[:, g:, g] = _group_sums(product(c[:, k:end], H[k:end, k:]) * c[:, k:], bounds[g:])
+        for g, m in _runs(bounds, at_once):  # A is symmetric
+            k, end = bounds[g], bounds[g + m]
+            own = c[:, k:end].reshape(len(c), m, -1).swapaxes(0, 1)  # (m, rows, columns)
+            left = product(own, H[k:end, k:].reshape(m, own.shape[2], -1))
+            left *= c[:, k:]
+            sums = _group_sums(left, bounds[g:])  # (m, rows, G - g)
+            A[:, g : g + m, g:], A[:, g:, g : g + m] = sums.swapaxes(0, 1), sums.transpose(1, 2, 0)
         fitted[r : r + rows] = _solved(A, b, s)
     return fitted
 
 
+def _runs(bounds: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of groups of one length that follow each other, ``most`` at a time; bounds as in `_group_sums`."""
+    groups = len(bounds) - 1
+    whole = groups if bounds[-1] - bounds[-2] == bounds[1] - bounds[0] else groups - 1
+    for g in range(0, whole, most):
+        yield g, min(most, whole - g)
+    if whole < groups:
+        yield whole, 1
+
+
 def _group_sums(x: np.ndarray, bounds: list[int]) -> np.ndarray:
-    """The sums of consecutive columns, [rows, columns] -> [rows, groups]; bounds: where groups start, and the end.
+    """The sums of consecutive columns, [..., columns] -> [..., groups]; bounds: where groups start, and the end.
 
     All groups have the length of the first, but for the last. (CuPy's add.reduceat takes differences of running sums, and
     loses digits.)
     """
     xp, size = array_module(x), bounds[1] - bounds[0]
-    whole = x.shape[1] // size * size
-    sums = x[:, :whole].reshape(len(x), -1, size).sum(axis=2)
-    return sums if whole == x.shape[1] else xp.concatenate([sums, x[:, whole:].sum(axis=1, keepdims=True)], axis=1)
+    whole = x.shape[-1] // size * size
+    sums = x[..., :whole].reshape(*x.shape[:-1], -1, size).sum(axis=-1)
+    return sums if whole == x.shape[-1] else xp.concatenate([sums, x[..., whole:].sum(axis=-1, keepdims=True)], axis=-1)
 
 
 def _solved(A: np.ndarray, b: np.ndarray, s: np.ndarray) -> np.ndarray:

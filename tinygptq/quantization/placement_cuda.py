@@ -26,6 +26,7 @@ from tinygptq.folders.export import gptq_tensors, solution_of
 from tinygptq.folders.tensorfile import TensorFile
 from tinygptq.gptq import Hessian, Solution
 from tinygptq.gptq.drift import Cross
+from tinygptq.gptq.refine import BYTES_AT_ONCE
 from tinygptq.kernels.cuda import calibration, solver
 from tinygptq.kernels.cuda.cublas import Part, cublas
 from tinygptq.kernels.cuda.hessian import HalfHessian
@@ -275,5 +276,5 @@ def stage_bytes(config: LlamaConfig, width: int, recipe: Recipe) -> int:
     batch = TOKENS_AT_ONCE * (14 * config.hidden_size + 4 * config.intermediate_size)  # fp16, and the norm's in float32 too
     square, weights = width**2, width * outputs
     drift = 4 * (square + max(weights if recipe.residual else 0, square)) if recipe.follows else 0  # R, and E X^T
-    refining = 12 * square + 20 * weights if recipe.refine else 0
+    refining = 12 * square + 20 * weights + 2 * BYTES_AT_ONCE if recipe.refine else 0
     return drift + max(24 * square, 8 * square + 24 * weights + refining, 4 * square + (1 + recipe.follows) * batch)
