@@ -22,6 +22,7 @@ from tinygptq.kernels.cuda import dispatch, plain
 from tinygptq.kernels.cuda.cublas import cublas
 from tinygptq.kernels.cuda.layout import DeviceLinear, to_device
 from tinygptq.kernels.cuda.runtime import cupy
+from tinygptq.kernels.cuda.transfer import page_locked
 from tinygptq.ops import to_numpy
 from tinygptq.packing import PackedLinear
 from tinygptq.weights import DenseLinear, Linear, Weights
@@ -218,10 +219,9 @@ def to_half(weight: np.ndarray, what: str) -> Any:
 
 def shared_with_host(shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, Any]:
     """Page-locked host memory that the GPU reads and writes in place: a NumPy array, and CuPy's over the same bytes."""
-    cp, count, size = cupy(), prod(shape), prod(shape) * np.dtype(dtype).itemsize
-    memory = cp.cuda.alloc_pinned_memory(size)
-    pointer = cp.cuda.MemoryPointer(cp.cuda.UnownedMemory(memory.ptr, size, memory), 0)
-    return np.frombuffer(memory, dtype, count).reshape(shape), cp.ndarray(shape, dtype, pointer)
+    cp, host = cupy(), page_locked(prod(shape), dtype).reshape(shape)
+    pointer = cp.cuda.MemoryPointer(cp.cuda.UnownedMemory(host.ctypes.data, host.nbytes, host), 0)
+    return host, cp.ndarray(shape, dtype, pointer)
 
 
 def pinned(weight: np.ndarray) -> Any:

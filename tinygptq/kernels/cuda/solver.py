@@ -135,8 +135,33 @@ def pick(part, a, b, c, d):
 
 
 @device_function
-def within(new, old, column, begin, end):
-    return new if column >= begin and column < end else old
+def four(array, at, there):
+    """``array[at]`` and what is 32, 64 and 96 further on, where it is there; else 0."""
+    a, b = array[at] if there[0] else ZERO, array[at + np.uint32(32)] if there[1] else ZERO
+    return a, b, array[at + np.uint32(64)] if there[2] else ZERO, array[at + np.uint32(96)] if there[3] else ZERO
+
+
+@device_function
+def grid_at(scales, zeros, column_groups, table, column, there):
+    """Scale and zero of a column of the row whose grids begin at ``table``."""
+    if there:
+        g = table + column_groups[column]
+        return scales[g], zeros[g]
+    return ONE, ZERO
+
+
+@device_function
+def within(scale, zero, old_scale, old_zero, column, begin, end):
+    """The new grid for columns of a group, the old one for others."""
+    if column >= begin and column < end:
+        return scale, zero
+    return old_scale, old_zero
+
+
+@device_function
+def put(codes, Err, at, out, code, error, there):
+    if there:
+        codes[at], Err[out] = np.uint8(code), error
 
 
 @functools.cache
@@ -163,48 +188,38 @@ def block_kernel() -> Kernel:
         lane, warp = np.uint32(cuda.threadIdx.x % LANES), cuda.threadIdx.x // LANES
         row = cuda.blockIdx.x * WARPS + warp
         if row < losses.size:
-            in_a, in_b, in_c, in_d = lane < count, lane + 32 < count, lane + 64 < count, lane + 96 < count
-            at = np.uint32(row * columns + first) + lane
-            a, b = W[at] if in_a else ZERO, W[at + np.uint32(32)] if in_b else ZERO
-            c, d = W[at + np.uint32(64)] if in_c else ZERO, W[at + np.uint32(96)] if in_d else ZERO
+            there = lane < count, lane + 32 < count, lane + 64 < count, lane + 96 < count
+            at, below = np.uint32(row * columns + first) + lane, np.uint32(first * columns + first) + lane
+            a, b, c, d = four(W, at, there)
             sa, sb, sc, sd = ONE, ONE, ONE, ONE
             za, zb, zc, zd = ZERO, ZERO, ZERO, ZERO
-            if group_size == 0:
-                table, k = row * groups, np.uint32(first) + lane
-                if in_a:
-                    sa, za = scales[table + column_groups[k]], zeros[table + column_groups[k]]
-                if in_b:
-                    g = table + column_groups[k + np.uint32(32)]
-                    sb, zb = scales[g], zeros[g]
-                if in_c:
-                    g = table + column_groups[k + np.uint32(64)]
-                    sc, zc = scales[g], zeros[g]
-                if in_d:
-                    g = table + column_groups[k + np.uint32(96)]
-                    sd, zd = scales[g], zeros[g]
             loss, next_group, g = ZERO, 0 if group_size > 0 else count, row * groups
-            if group_size > 0:
+            if group_size == 0:
+                k = np.uint32(first) + lane
+                sa, za = grid_at(scales, zeros, column_groups, g, k, there[0])
+                sb, zb = grid_at(scales, zeros, column_groups, g, k + np.uint32(32), there[1])
+                sc, zc = grid_at(scales, zeros, column_groups, g, k + np.uint32(64), there[2])
+                sd, zd = grid_at(scales, zeros, column_groups, g, k + np.uint32(96), there[3])
+            else:
                 g += first // group_size
-            below = np.uint32(first * columns + first) + lane
             for step in range(count):
                 if step == next_group:
                     next_group = min(step + group_size, count)
                     tile[warp, lane], tile[warp, lane + np.uint32(32)] = a, b
                     tile[warp, lane + np.uint32(64)], tile[warp, lane + np.uint32(96)] = c, d
                     cuda.syncwarp()
-                    scale, zero = find_grid_of_columns(
+                    s, z = find_grid_of_columns(
                         tile, warp, step, next_group, importance, first, clips, sym, maxq, least_zero
                     )
                     cuda.syncwarp()  # all have read before the next group is written
-                    sa, za = within(scale, sa, lane, step, next_group), within(zero, za, lane, step, next_group)
-                    sb, zb = within(scale, sb, lane + 32, step, next_group), within(zero, zb, lane + 32, step, next_group)
-                    sc, zc = within(scale, sc, lane + 64, step, next_group), within(zero, zc, lane + 64, step, next_group)
-                    sd, zd = within(scale, sd, lane + 96, step, next_group), within(zero, zd, lane + 96, step, next_group)
+                    sa, za = within(s, z, sa, za, lane, step, next_group)
+                    sb, zb = within(s, z, sb, zb, lane + 32, step, next_group)
+                    sc, zc = within(s, z, sc, zc, lane + 64, step, next_group)
+                    sd, zd = within(s, z, sd, zd, lane + 96, step, next_group)
                     if lane == 0:
-                        scales[g], zeros[g] = scale, zero
+                        scales[g], zeros[g] = s, z
                     g += 1
-                ha, hb = Hinv[below] if in_a else ZERO, Hinv[below + np.uint32(32)] if in_b else ZERO
-                hc, hd = Hinv[below + np.uint32(64)] if in_c else ZERO, Hinv[below + np.uint32(96)] if in_d else ZERO
+                ha, hb, hc, hd = four(Hinv, below, there)
                 below += np.uint32(columns)
                 part, turn = step >> 5, step & 31
                 w = cuda.shfl_sync(ALL, pick(part, a, b, c, d), turn)
@@ -221,14 +236,10 @@ def block_kernel() -> Kernel:
                 c, zc = (err, code) if mine and part == 2 else (c, zc)
                 d, zd = (err, code) if mine and part == 3 else (d, zd)
             out = np.uint32(row * B) + lane
-            if in_a:
-                codes[at], Err[out] = np.uint8(za), a
-            if in_b:
-                codes[at + np.uint32(32)], Err[out + np.uint32(32)] = np.uint8(zb), b
-            if in_c:
-                codes[at + np.uint32(64)], Err[out + np.uint32(64)] = np.uint8(zc), c
-            if in_d:
-                codes[at + np.uint32(96)], Err[out + np.uint32(96)] = np.uint8(zd), d
+            put(codes, Err, at, out, za, a, there[0])
+            put(codes, Err, at + np.uint32(32), out + np.uint32(32), zb, b, there[1])
+            put(codes, Err, at + np.uint32(64), out + np.uint32(64), zc, c, there[2])
+            put(codes, Err, at + np.uint32(96), out + np.uint32(96), zd, d, there[3])
             if lane == 0:
                 losses[row] += np.float64(loss)
 
