@@ -13,9 +13,7 @@ evaluated there too, with fp16 weights and float32 logits.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from facts import device, facts_of
 
 from tinygptq.calibrate import calibration_windows
 from tinygptq.config import RECIPES, QuantizeConfig, Recipe
@@ -131,7 +130,6 @@ def on_card(source: Checkpoint, calibration: np.ndarray, windows: dict[str, np.n
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
-    from tinygptq import __version__
 
     protocol = (
         f"calibrated on the first {args.nsamples} windows of {args.seqlen} tokens of {Path(args.calibration).name}; "
@@ -139,14 +137,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     )
     common = {"model": args.name or args.model.name, "protocol": protocol + args.about}
     common["texts"] = [f"{name}: {Path(path).name}" for name, path in (item.split("=", 1) for item in args.evaluation)]
-    if args.device == "cuda":
-        from quantise_7b import facts_of_machine
-
-        return {**facts_of_machine(), "tinygptq": __version__, **common}
-    from quality import cpu_name
-
-    versions = {"tinygptq": __version__, "numpy": np.__version__, "python": platform.python_version()}
-    return {"date": datetime.date.today().isoformat(), "device": cpu_name(), "versions": versions, **common}
+    return {**facts_of(device(args.device)), **common}
 
 
 # ----------------------------------------------------------------------------------------------------------- the table

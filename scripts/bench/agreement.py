@@ -9,11 +9,10 @@ how far a decoded token's logits are from those of a prompt that ends in it.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 from pathlib import Path
 
 import numpy as np
+from facts import card, facts_of, save
 
 from tinygptq.language_model import load
 
@@ -78,7 +77,7 @@ def main() -> None:
     cpu, gpu = load(args.folder), load(args.folder, device="cuda", context=args.tokens)
     ids = np.array(cpu.tokenizer.encode(args.text.read_text(encoding="utf-8"))[: args.tokens])
     kl, same = divergences(cpu.forward(ids[None])[0], gpu.forward(ids[None])[0], ids)
-    result = {"date": datetime.date.today().isoformat(), "model": args.folder.name, "tokens": len(ids),
+    result = {**facts_of(card()), "model": args.folder.name, "tokens": len(ids),
               "kl_mean": float(kl.mean()), "kl_max": float(kl.max()), "same_likeliest": same}  # fmt: skip
     print(f"KL(CPU || GPU) over {len(ids)} tokens: mean {kl.mean():.2e}, largest {kl.max():.2e}; same likeliest {same:.4f}")
     result["decoded_against_prompt"] = decoded_against_prompt(gpu.engine, ids)
@@ -94,8 +93,7 @@ def main() -> None:
             f"{prompt!r}: "
             + ("equal for 64 tokens" if first is None else f"differs at {first}, margin {margins[first]:.3f}")
         )
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.out)
 
 
 if __name__ == "__main__":

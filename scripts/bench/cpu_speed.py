@@ -10,18 +10,15 @@ the others are measured; rounds alternate between them; the table gives medians 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from facts import facts_of, processor, save
 
 PROMPT, TOKENS, PREFILL = 16, 64, 512  # tokens before the decoding that is timed, tokens decoded, tokens of a long prompt
 
@@ -162,20 +159,6 @@ def report(results: dict, missing: dict) -> str:
     return "\n".join(lines + [f"{name:28} not measured: {why}" for name, why in missing.items()])
 
 
-def machine() -> dict:
-    """CPU and versions, for the record."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    versions = {}
-    for package in ("tinygptq", "numpy", "numba", "llvmlite", "llama-cpp-python", "torch", "transformers"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {"cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(), "versions": versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gptq", type=Path)
@@ -196,11 +179,7 @@ def main() -> None:
     missing |= {} if args.gguf else {"llama.cpp": "no --gguf"}
     missing |= {} if args.dense else {"transformers": "no --dense"}
     print(report(results, missing))
-    record = {"date": datetime.date.today().isoformat(), **machine(), "threads": args.threads, "results": results}
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    out = args.out or folder / f"cpu_speed_{record['date']}.json"
-    out.write_text(json.dumps(record | {"missing": missing}, indent=1) + "\n")
+    save({**facts_of(processor()), "threads": args.threads, "results": results, "missing": missing}, args.out)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ With ``--checks``, the first one also has to show, each in a process of its own 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -28,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from facts import facts_of, rounded, save
 
-PACKAGES = ("tinygptq", "numpy", "numba", "numba-cuda", "cupy-cuda13x", "cuda-core")
 CONTEXT, POSITIONS = 2048, (1, 17, 500, 2047)
 FREE = 6 * 10**9  # bytes of the card that are left to the crowded process
 MANY, AT_A_TIME = 10_000, 1_000
@@ -165,24 +163,6 @@ def measure(folder: Path, options: list[str]) -> list[dict[str, Any]]:
     return child(["-m", "tinygptq.cli", "bench", str(folder), "--device", "cuda", "--json", *options])
 
 
-def rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: rounded(one) for key, one in value.items()}
-    return [rounded(one) for one in value] if isinstance(value, list) else value
-
-
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
@@ -209,20 +189,17 @@ def main() -> None:
             for found in measure(folder, options):
                 results.append({"model": folder.name, "cache_bits": int(cache_bits), **rounded(found)})
                 print(line(results[-1]), flush=True)
-            save(args.out, results, shown)
+            save(all_of(results, shown), args.out)
     for name, found in checks(args.folders[0]) if args.checks else ():
         shown[name] = rounded(found)
         print(name, json.dumps(shown[name]), flush=True)
-        save(args.out, results, shown)
+        save(all_of(results, shown), args.out)
 
 
-def save(path: Path | None, results: list[dict[str, Any]], shown: dict[str, Any]) -> None:
+def all_of(results: list[dict[str, Any]], shown: dict[str, Any]) -> dict[str, Any]:
     """All that is known so far."""
-    if path is None:
-        return
-    facts = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "device": results[0]["device"]}
-    facts |= {"versions": versions(), "results": results} | ({"checks": shown} if shown else {})
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    head = {**facts_of(results[0]["device"]), "results": results}
+    return {**head, "checks": shown} if shown else head
 
 
 def line(found: dict[str, Any]) -> str:

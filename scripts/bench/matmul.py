@@ -16,19 +16,17 @@ measured one after another, each by a process of its own that has the GPU to its
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from facts import card, facts_of, rounded, save
 
 # K, N of LLaMA-7B: q/k/v/o, gate or up, down, gate and up together
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 22016))
@@ -44,7 +42,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "3-bit g128": {"bits": 3, "group_size": 128},
     "2-bit g128": {"bits": 2, "group_size": 128},
 }
-PACKAGES = ("numpy", "numba", "numba-cuda", "cupy-cuda13x", "cuda-core", "cuda-bindings", "nvidia-cublas")
 
 
 def graph_time(work: Any, calls: int, replays: int = 9) -> float:
@@ -227,7 +224,7 @@ def measure(variants: list[str], rows: tuple[int, ...]) -> dict[str, Any]:
         if "us_dependent" in result:
             result["of_copy_dependent"] = result["of_copy"] * result["us"] / result["us_dependent"]
         result["tflop_per_s"] = 2 * result["k"] * result["n"] * result["rows"] / result["us"] * 1e-6
-        result |= {name: float(f"{value:.4g}") for name, value in result.items() if isinstance(value, float)}
+        result |= rounded(result)
     return record
 
 
@@ -236,21 +233,12 @@ def describe() -> dict[str, Any]:
 
     properties = cupy.cuda.runtime.getDeviceProperties(0)
     driver = cupy.cuda.runtime.driverGetVersion()
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": properties["name"].decode(),
+        **facts_of(card()),
         "compute_capability": f"{properties['major']}.{properties['minor']}",
         "multiprocessors": properties["multiProcessorCount"],
         "l2_bytes": properties["l2CacheSize"],
         "driver_cuda": f"{driver // 1000}.{driver % 1000 // 10}",
-        "python": sys.version.split()[0],
-        "versions": versions,
     }
 
 
@@ -338,8 +326,7 @@ def main() -> None:
         print_table(json.loads(arguments.table.read_text()))
     else:
         record = measure(arguments.variants, tuple(arguments.rows))
-        if arguments.out:
-            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        save(record, arguments.out)
         print_table(record)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from facts import rounded, save
 from matmul import SHAPES, VARIANTS, Case, describe
 
 CASES = [("4-bit g128", *shape, (1, 8, 16, 64)) for shape in SHAPES]
@@ -68,8 +68,7 @@ def read(text: str) -> list[dict[str, Any]]:
         numbers = {key: float(launch[counter].replace(",", "")) for key, counter in COUNTERS.items()}
         numbers["us"] /= 1000
         kernel = launch["Kernel Name"].split(":")[0]
-        found.append({"variant": name, "k": k, "n": n, "rows": m, "kernel": kernel,
-                      **{key: float(f"{value:.4g}") for key, value in numbers.items()}})  # fmt: skip
+        found.append({"variant": name, "k": k, "n": n, "rows": m, "kernel": kernel, **rounded(numbers)})
     return found
 
 
@@ -89,8 +88,7 @@ def main() -> None:
     if done.returncode:
         raise SystemExit(f"ncu: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
     record = {**describe(), "launches": read(done.stdout)}
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    save(record, args.out)
     print(f"{'':34}" + "".join(f"{key.replace('_', ' ')[:15]:>16}" for key in COUNTERS))
     for one in record["launches"]:
         label = f"{one['variant']} {one['k']}x{one['n']} M={one['rows']}"

@@ -11,16 +11,13 @@ each recipe. What RESULTS.json holds already of other recipes stays there, and s
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import time
 from pathlib import Path
 
-import numba
 import numpy as np
+from facts import facts_of, processor, save
 
-from tinygptq import __version__
 from tinygptq.config import RECIPES, QuantizeConfig
 from tinygptq.folders.checkpoint import load_checkpoint
 from tinygptq.measure.evaluate import perplexity
@@ -72,28 +69,16 @@ def main() -> None:
             losses = {r.name.removeprefix("model.layers."): r.loss for r in reports[:7]}
             row[recipe] = {"perplexity": found, "original": want["perplexity_gptq"], "layer0_losses": losses}
             if args.out:
-                save(args.out, reference, baseline, list(rows.values()))
+                save_all(args.out, reference, baseline, list(rows.values()))
 
 
-def save(out: Path, reference: dict, baseline: float, rows: list[dict]) -> None:
-    versions = {"tinygptq": __version__, "numpy": np.__version__, "numba": numba.__version__}
-    versions["python"] = platform.python_version()
-    facts = {"date": datetime.date.today().isoformat(), "device": cpu_name(), "versions": versions}
-    result = {**facts, "protocol": reference["protocol"], "perplexity_fp32": baseline, "configs": rows}
-    out.write_text(json.dumps(result, indent=1) + "\n")
+def save_all(out: Path, reference: dict, baseline: float, rows: list[dict]) -> None:
+    found = {"protocol": reference["protocol"], "perplexity_fp32": baseline, "configs": rows}
+    save({**facts_of(processor()), **found}, out)
 
 
 def report(name: str, recipe: str, found: float, original: float, seconds: str = "") -> None:
     print(f"{name:22} {recipe:8} {found:9.3f} {original:9.3f} {found / original:7.4f} {seconds}", flush=True)
-
-
-def cpu_name() -> str:
-    """The processor's name, as the system gives it, and how many cores of it."""
-    names = [platform.processor()]
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] or names
-    return f"{names[0]}, {numba.config.NUMBA_NUM_THREADS} cores"
 
 
 if __name__ == "__main__":

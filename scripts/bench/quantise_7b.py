@@ -11,21 +11,19 @@ Hessians are no multiples of the identity; some norms' gains are far from 1, as 
 from __future__ import annotations
 
 import argparse
-import datetime
 import filecmp
 import json
 import logging
-import platform
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from facts import card, facts_of, save
 
 from tinygptq.branches import BRANCHES
 from tinygptq.config import RECIPES, LlamaConfig, QuantizeConfig
@@ -144,19 +142,6 @@ def killed(words: list[str], whole: Path, seconds: float) -> dict[str, Any]:
     return {"after_seconds": seconds, "blocks_saved": blocks, "rest_wall_seconds": rest, "same_file": same}
 
 
-def facts_of_machine() -> dict[str, Any]:
-    cp = cupy()
-    names = ("tinygptq", "numba-cuda", "cupy-cuda13x", "numpy")
-    versions = {"python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = version(name)
-        except Exception:
-            continue
-    device = cp.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    return {"date": datetime.date.today().isoformat(), "device": device, "versions": versions}
-
-
 def run(args: argparse.Namespace) -> None:
     rows = {}
     print(f"{'branch':32} {'wall':>7} {'GPU GB':>7} {'host GB':>7}  " + " ".join(f"{part[:9]:>9}" for part in PARTS))
@@ -175,8 +160,8 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         protocol = f"LLaMA-7B shapes, random weights; {args.samples} windows of {args.tokens} random tokens"
         layers = LlamaConfig.from_folder(args.model).num_hidden_layers
-        result = {**facts_of_machine(), "protocol": protocol, "layers": layers, "recipe": args.recipe, "branches": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        about = {"protocol": protocol, "layers": layers, "recipe": args.recipe}
+        save({**facts_of(card()), **about, "branches": rows}, args.json)
 
 
 def main() -> None:

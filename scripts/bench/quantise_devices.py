@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quantise_7b import facts_of_machine
+from facts import card, facts_of, save
 
 from tinygptq.branches import BRANCHES
 from tinygptq.config import QuantizeConfig
@@ -146,13 +146,12 @@ def main() -> None:
         on_the_processor(args, source, windows, text)
         return
     kept = np.load(args.kept)
-    result = {**facts_of_machine(), "perplexity_fp16": perplexity(source, dense_on_card(source), text)}
+    result = {**facts_of(card()), "perplexity_fp16": perplexity(source, dense_on_card(source), text)}
     print(f"unquantised {result['perplexity_fp16']:.4f}", flush=True)
     result["branches"] = {branch: compare(source, branch, windows, text, kept) for branch in args.branches}
     if args.vary:
         result["varied"] = {args.branches[0]: vary(source, args.branches[0], windows, text, kept)}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.json)
 
 
 if __name__ == "__main__":

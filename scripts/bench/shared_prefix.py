@@ -12,17 +12,16 @@ time, so that other work on the machine counts little; on a GPU they are the clo
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from facts import device, facts_of, save
 
 import tinygptq
 from tinygptq.measure.scoring import Request, Scorer
-from tinygptq.threads import count
 
 
 def make_requests(ids: np.ndarray, questions: int, prefix: int, seed: int = 0) -> list[list[Request]]:
@@ -65,15 +64,14 @@ def main() -> None:
     shared, seconds = timed(Scorer(llama), questions, clock)
     plain, measured = timed(Scorer(llama, share=False), some, clock)
     result = {
-        "date": datetime.date.today().isoformat(), "model": Path(args.model).name, "prefix_tokens": args.prefix,
-        "device": args.device, "threads": count(), "questions": len(questions), "seconds_shared": seconds,
+        **facts_of(device(args.device)), "model": Path(args.model).name, "prefix_tokens": args.prefix,
+        "questions": len(questions), "seconds_shared": seconds,
         "questions_timed_plain": len(some), "seconds_plain": measured * len(questions) / len(some),
         "largest_difference": float(np.abs(np.array(plain) - np.array(shared[: len(plain)])).max()),
     }  # fmt: skip
     result["ratio"] = result["seconds_plain"] / seconds
     print(json.dumps(result, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.out)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ same token ids. With --device cuda the engine's fp16 arithmetic is beside transf
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from facts import device, facts_of, save
 from transformers import LlamaForCausalLM
 
 import tinygptq
@@ -53,14 +53,12 @@ def main() -> None:
     seconds = time.perf_counter() - started
     expected = reference(args.model, ids, found.windows, args.reference_device)
     result = {
-        "date": datetime.date.today().isoformat(), "model": Path(args.model).name, "device": args.device,
+        **facts_of(device(args.device)), "model": Path(args.model).name,
         "windows": found.windows, "tokens": found.tokens, "seconds": seconds, "perplexity": found.perplexity,
         "transformers": expected, "relative_difference": found.perplexity / expected - 1,
-        "versions": {"tinygptq": tinygptq.__version__, "numpy": np.__version__, "torch": torch.__version__},
     }  # fmt: skip
     print(json.dumps(result, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.out)
 
 
 if __name__ == "__main__":
