@@ -222,7 +222,8 @@ def print_without(result: dict[str, Any]) -> None:
         if not branches:
             continue
         heads = ["branch", title(top), *(f"no {part}" for part in USED[: i + 1])]
-        print(f"## One part off, perplexity on {text}\n\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+        print(f"## {title(top)}: one part off, perplexity on {text}\n")
+        print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
         for branch in branches:
             found[branch, parts[-1]] = found[branch, list(LADDER)[i]]
             numbers = (f"{found[branch, rung]:.3f}" if (branch, rung) in found else "" for rung in [top, *parts])

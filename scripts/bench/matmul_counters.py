@@ -82,7 +82,7 @@ def main() -> None:
         return
     if shutil.which("ncu") is None:
         raise SystemExit("ncu (Nsight Compute) is not on the PATH")
-    options = ["--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base", "-k", "regex:^mat"]
+    options = ["--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base", "-k", "regex:mat"]
     command = ["ncu", *options, "--metrics", ",".join(COUNTERS.values()), sys.executable, __file__, "--launch"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
