@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 
+import numpy as np
 import pytest
 
 if importlib.util.find_spec("numba_cuda") is None:
@@ -12,6 +13,8 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 from numba.cuda import types
 
+from tinygptq import ops
+from tinygptq.cuda.weights import TURN, alternating
 from tinygptq.kernels.cuda import cache_codec, decode_attention, dense, draw, epilogues, prefill_attention, rows
 
 F16, F32, F64, I32, I8 = types.float16, types.float32, types.float64, types.int32, types.int8
@@ -95,3 +98,11 @@ def test_draw():
     logits, drawn = (array(F32, 2), array(F32, 2), some, some, flags, several, array(F64, 2)), (some, some, some)
     signature = (*logits, *drawn, array(I32, 2), types.int64)
     check(draw.draw, signature, (9, 0), "bar.red.or", WAIT)
+
+
+def test_gate_and_up_alternate_in_the_order_of_downs_rows():
+    rng = np.random.default_rng(0)
+    gate, up = rng.standard_normal((2, 5, 64)).astype(np.float32)
+    order = rng.permutation(64)
+    turns = np.concatenate([gate, up], axis=1)[:, alternating(order)].reshape(5, -1, 2, TURN)
+    assert np.array_equal(ops.swiglu(turns[:, :, 0], turns[:, :, 1]).reshape(5, -1), ops.swiglu(gate, up)[:, order])
