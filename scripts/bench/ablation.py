@@ -28,7 +28,7 @@ from tinygptq.config import RECIPES, QuantizeConfig, Recipe
 from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.measure.evaluate import perplexity
 from tinygptq.quantization.blocks import quantize_blocks
-from tinygptq.quantization.placement import calibration_model, fast_model
+from tinygptq.quantization.placement import fast_model
 from tinygptq.tokenizer import Tokenizer
 
 BRANCHES = {  # bits, group size, act-order: the six published permutations, and two narrower ones
@@ -97,11 +97,11 @@ def on_host(source: Checkpoint, calibration: np.ndarray, windows: dict[str, np.n
         return {name: perplexity(model, ids.ravel(), ids.shape[1]).perplexity for name, ids in windows.items()}
 
     def measure(recipe: Recipe, branch: tuple) -> tuple[dict[str, float], float]:
-        model, started = calibration_model(source), time.perf_counter()
+        model, started = fast_model(source, dict(source.weights.linears)), time.perf_counter()
         for _ in quantize_blocks(model, calibration, config_of(recipe, branch)):
             pass
         seconds = time.perf_counter() - started
-        return perplexities(fast_model(source, model.weights.linears)), seconds
+        return perplexities(model), seconds
 
     return perplexities(fast_model(source, dict(source.weights.linears))), measure
 

@@ -22,7 +22,7 @@ from tinygptq.config import RECIPES, QuantizeConfig
 from tinygptq.folders.checkpoint import load_checkpoint
 from tinygptq.measure.evaluate import perplexity
 from tinygptq.quantization.blocks import quantize_blocks
-from tinygptq.quantization.placement import calibration_model, fast_model
+from tinygptq.quantization.placement import fast_model
 
 
 def main() -> None:
@@ -43,10 +43,10 @@ def main() -> None:
 
     def quantized(windows, **choices):
         """A model quantised in memory (rounded without windows), its linears' reports, and the seconds it took."""
-        model = calibration_model(source)
+        model = fast_model(source, dict(source.weights.linears))
         started = time.perf_counter()
         reports = [report for _, _, report in quantize_blocks(model, windows, QuantizeConfig(**choices))]
-        return fast_model(source, model.weights.linears), reports, time.perf_counter() - started
+        return model, reports, time.perf_counter() - started
 
     baseline = measure(fast_model(source, dict(source.weights.linears)))
     print(f"fp32: {baseline:.4f} (reference {reference['perplexity_fp32']})\n")

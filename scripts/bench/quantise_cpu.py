@@ -12,7 +12,6 @@ columns, as in Algorithm 1 of Frantar et al. 2022. It keeps its codes and writes
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -20,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from facts import facts_of, processor, save
 
 BLOCK = 128  # columns whose corrections are gathered before the others get them
 AT_ONCE = 16  # windows that go through a stage together
@@ -134,25 +135,16 @@ def main() -> None:
     if args.peer:
         print(peer(args.model, windows_of(args), 4, args.group_size, args.threads))
         return
-    import torch
-    import transformers
-
-    import tinygptq
-    from tinygptq.bench import processor_name
-
     peers, found = [theirs(args)], {}
     for recipe in args.recipes:
         found[recipe] = ours(args, recipe)
         peers.append(theirs(args))
     result = {
-        "date": datetime.date.today().isoformat(), "processor": processor_name(),
-        "threads": args.threads, "model": Path(args.model).name, "tokens": args.nsamples * args.seqlen,
+        **facts_of(processor()), "threads": args.threads, "model": Path(args.model).name, "tokens": args.nsamples * args.seqlen,
         "bits": 4, "group_size": args.group_size, "seconds": found, "torch_seconds": peers,
-        "versions": {"tinygptq": tinygptq.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }  # fmt: skip
     print(json.dumps(result, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.out)
 
 
 if __name__ == "__main__":

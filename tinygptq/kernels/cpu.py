@@ -15,8 +15,8 @@ import numpy as np
 from tinygptq import threads
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels import cpu_launch, cpu_tiles
-from tinygptq.kernels.cpu_integers import HEIGHT
 from tinygptq.kernels.cpu_layout import place_of_rows
+from tinygptq.kernels.cpu_prompt_attention import HEIGHT
 from tinygptq.kernels.cpu_rows import STRETCH, TILES_AT_ONCE
 from tinygptq.kernels.cpu_tiles import COLUMNS, FIELDS, UNIT
 from tinygptq.packing import PackedLinear

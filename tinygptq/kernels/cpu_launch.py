@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 from numba import cfunc, njit, prange
 
-from tinygptq.kernels import cpu_decode, cpu_integers, cpu_layout, cpu_prompt_attention, cpu_rows, simd
+from tinygptq.kernels import cpu_decode, cpu_layout, cpu_prompt_attention, cpu_rows, simd
 from tinygptq.kernels.simd import get
 
 log = logging.getLogger("tinygptq")
 
 # What a job does; its other numbers are named where they are read
-DECODE, REPACK, INTEGERS, TILES, DEQUANTIZE, WIDEN, RMS_NORM, SWIGLU, ROPE = range(9)
-UNPACK, INTEGER_PRODUCT, LAY_OUT, ATTEND = range(9, 13)
+DECODE, REPACK, INTEGERS, TILES, DEQUANTIZE, WIDEN, RMS_NORM, SWIGLU, ROPE, LAY_OUT, ATTEND = range(11)
 
 
 def run(op: int, parts: int, *numbers: int | np.ndarray, number: float = 0.0) -> None:
@@ -102,10 +101,6 @@ def _compile(sources: int):
             cpu_rows.swiglu_part(job, part)
         elif op == ROPE:
             cpu_rows.rotate_row(job, part)
-        elif op == UNPACK:
-            cpu_integers.unpack_tile(job, part)
-        elif op == INTEGER_PRODUCT:
-            cpu_integers.product_part(job, part)
         elif op == LAY_OUT:
             cpu_prompt_attention.lay_out(job, part, number)
         elif op == ATTEND:

@@ -56,7 +56,7 @@ def _place(column, word, shift, code):
             write_u32(at, read_u32(at) | (code >> bit & 1) << shift)
 
 
-def codes_of_pair(bits: int):
+def _codes_of_pair(bits: int):
     """The codes of one pair of a unit, low and high still side by side: columns 0-7 and 8-15."""
     pairs_per_word, mask = 16 // bits, 0x00010001 * (2**bits - 1)
 
@@ -80,7 +80,7 @@ def codes_of_pair(bits: int):
 
 def _dequantized_tile(bits: int):
     """The function that writes a tile of W itself, for products with many rows of x."""
-    pair_of = codes_of_pair(bits)
+    codes_of_pair = _codes_of_pair(bits)
 
     @inner
     def tile(linear, index, out, stride):
@@ -93,7 +93,7 @@ def _dequantized_tile(bits: int):
             at = index * groups + first // group
             scale0, zero0, scale1, zero1 = scales_and_zeros(linear, at, bits)
             for pair in range(16):
-                c0, c1 = pair_of(unit, pair)
+                c0, c1 = codes_of_pair(unit, pair)
                 for half in range(2):
                     row = first + pair // 8 * 16 + pair % 8 + 8 * half
                     source = simd.read_i32(get(linear, GATHER) + 4 * row) if get(linear, GATHER) else row

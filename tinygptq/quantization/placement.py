@@ -98,7 +98,7 @@ class Host:
         return contextlib.nullcontext()
 
     def model(self, source: Checkpoint) -> Llama:
-        return calibration_model(source)
+        return fast_model(source, dict(source.weights.linears))
 
     def batches(self, ids: np.ndarray) -> list[np.ndarray]:
         """Whole windows, about TOKENS_AT_ONCE tokens together."""
@@ -190,18 +190,8 @@ def fast_model(source: Checkpoint, linears: dict[str, Linear]) -> Llama:
     """The definition of the forward pass with the CPU kernels plugged in, over its own dict of linears."""
     from tinygptq.kernels import cpu  # only here: importing Numba takes a while
 
-    return Llama(source.config, _with(source.weights, linears), cpu)
-
-
-def calibration_model(source: Checkpoint) -> Llama:
-    """The same for calibration text, over a dict in which linears can be replaced: the model to quantise."""
-    from tinygptq.kernels import cpu_calibration  # only here: importing Numba takes a while
-
-    return Llama(source.config, _with(source.weights, dict(source.weights.linears)), cpu_calibration)
-
-
-def _with(weights: Weights, linears: dict[str, Linear]) -> Weights:
-    return Weights(weights.embedding, weights.head, weights.norms, linears)
+    weights = Weights(source.weights.embedding, source.weights.head, source.weights.norms, linears)
+    return Llama(source.config, weights, cpu)
 
 
 def packed(solution: Solution, config: QuantizeConfig, bias: np.ndarray | None = None) -> PackedLinear:

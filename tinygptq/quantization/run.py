@@ -15,7 +15,7 @@ from tinygptq.errors import TinyGPTQError
 from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.folders.export import QuantizedFolderWriter, require_packable
 from tinygptq.quantization.blocks import quantize_blocks
-from tinygptq.quantization.placement import Host, calibration_model
+from tinygptq.quantization.placement import Host, fast_model
 from tinygptq.quantization.report import (
     LinearReport,
     plot,
@@ -152,7 +152,7 @@ def _calibration(source: Checkpoint, dataset: str, *settings) -> tuple[np.ndarra
 def quantize_weights(source: Checkpoint, ids: np.ndarray | None, config: QuantizeConfig) -> Weights:
     """The same in memory: weights whose linears are packed. ``ids`` int [samples, T], or None to round to nearest."""
     require_packable(source.config, config)
-    model = calibration_model(source)
+    model = fast_model(source, dict(source.weights.linears))
     for _ in quantize_blocks(model, ids, config):
         pass
     return model.weights
