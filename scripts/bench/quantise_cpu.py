@@ -140,8 +140,9 @@ def main() -> None:
         found[recipe] = ours(args, recipe)
         peers.append(theirs(args))
     result = {
-        **facts_of(processor()), "threads": args.threads, "model": Path(args.model).name, "tokens": args.nsamples * args.seqlen,
-        "bits": 4, "group_size": args.group_size, "seconds": found, "torch_seconds": peers,
+        **facts_of(processor()), "threads": args.threads, "model": Path(args.model).name,
+        "tokens": args.nsamples * args.seqlen, "bits": 4, "group_size": args.group_size,
+        "seconds": found, "torch_seconds": peers,
     }  # fmt: skip
     print(json.dumps(result, indent=1))
     save(result, args.out)
