@@ -130,7 +130,6 @@ def on_card(source: Checkpoint, calibration: np.ndarray, windows: dict[str, np.n
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
-
     protocol = (
         f"calibrated on the first {args.nsamples} windows of {args.seqlen} tokens of {Path(args.calibration).name}; "
         f"perplexity over the first {args.windows} windows of {args.window} tokens of each text"

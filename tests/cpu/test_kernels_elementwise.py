@@ -50,11 +50,12 @@ def test_apply_rope(heads, tokens, dim):
     ],
 )
 def test_causal_attention(heads, groups, tokens, seen, dim):
-    q, k = random(2, heads, tokens, dim) * 3, random(2, groups, seen, dim, seed=1) * 3
+    spread = 3 if dim <= 10 else 1  # scores grow with dim, and float32's rounding of them with the scores
+    q, k = random(2, heads, tokens, dim) * spread, random(2, groups, seen, dim, seed=1) * spread
     v = random(2, groups, seen, dim, seed=2)
     y = cpu.causal_attention(q, k, v)
     assert y.dtype == np.float32
-    np.testing.assert_allclose(y, ops.causal_attention(q, k, v), atol=2e-6 * dim**0.5)
+    np.testing.assert_allclose(y, ops.causal_attention(q, k, v), atol=2e-6)
 
 
 def test_causal_attention_of_arrays_in_another_order():

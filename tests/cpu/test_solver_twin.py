@@ -95,7 +95,7 @@ def test_exact_ties_go_the_same_way(dtype: type) -> None:
     assert ((W % 1 != 0) & (definition.codes % 2 == 0)).sum() > 1000
 
 
-@pytest.mark.parametrize("n", [1, 2, 47, 144, 145, 200, 601])  # factored directly; split; in strips
+@pytest.mark.parametrize("n", [1, 2, 47, 48, 49, 100, 144, 145, 200, 601])  # factored directly; split; in strips
 def test_both_factors_of_the_inverse_are_equal(n: int) -> None:
     _, H = problem(1, n, seed=n)
     H += 0.01 * H.diagonal().mean() * np.eye(n)

@@ -71,10 +71,7 @@ class DecodeStep:
             yield "attention", partial(self._attend, given)
             after = (block.post_norm, order["gate_up"], at.x_mlp, mlp)
             yield "o", self._product(block.o, at.mixed, epilogues.residual, at.h, (attn,), after)
-            yield (
-                "gate, up",
-                self._product(block.gate_up, at.x_mlp, epilogues.swiglu, at.z, (mlp, attn), ()),
-            )
+            yield "gate, up", self._product(block.gate_up, at.x_mlp, epilogues.swiglu, at.z, (mlp, attn), ())
             last = layer + 1 == len(weights.blocks)
             norm = weights.norm if last else weights.blocks[layer + 1].input_norm
             after = (norm, self.orders[layer + 1]["qkv"], at.x, attn)

@@ -71,7 +71,7 @@ class Prefill:
         mixed = self._rows(self.at.z, tokens, config.num_attention_heads * config.head_dim)
         grid = config.num_attention_heads, -(-tokens // QUERIES)
         self.attention(grid, THREADS, stream, qkv, cos, sin, keys, values, start, mixed)
-        if block.o.perm is not None:
+        if block.o.perm is not None:  # into a buffer that nobody reads now, not a workspace beside what `size` predicts
             mixed = gather(mixed, block.o.perm, self._rows(self.at.wide, *mixed.shape), stream)
         self._linear(mixed, block.o, self.at.y, config.hidden_size)
         self._norm(tokens, block.post_norm, order["gate_up"], block.gate_up)

@@ -160,6 +160,7 @@ def within(scale, zero, old_scale, old_zero, column, begin, end):
 
 @device_function
 def put(codes, Err, at, out, code, error, there):
+    """Store a column's code and error, where there is such a column."""
     if there:
         codes[at], Err[out] = np.uint8(code), error
 
