@@ -78,26 +78,29 @@ def test_matmul(capability, bits, group_size, zero, row_tiles):
 
 
 MATVECS = (  # capability, bits, group size, zero point or None, row tiles, plan, and what only some kernels have
-    ((8, 0), 8, 128, 128, 1, matvec.Plan(8, ahead=True), {}),
-    ((8, 6), 3, 32, None, 1, matvec.Plan(16), {"ragged": True}),
-    ((8, 9), 2, 64, 2, 2, matvec.Plan(8, width=2), {"wide_scales": True}),
-    ((9, 0), 4, 128, 8, 1, matvec.Plan(4, resident=6, ahead=True), {}),
-    ((9, 0), 4, 128, None, 2, matvec.Plan(8, width=2, split=2), {}),
+    ((8, 0), 8, 128, 128, 1, matvec.Plan(8, sets=1), {}),
+    ((8, 6), 3, 32, None, 1, matvec.Plan(16, sets=1), {"ragged": True}),
+    ((8, 9), 2, 64, 2, 2, matvec.Plan(4, resident=3), {"wide_scales": True}),
+    ((9, 0), 4, 128, 8, 1, matvec.Plan(5, resident=3), {}),
+    ((9, 0), 4, 128, None, 2, matvec.Plan(16, short=True), {}),
 )
+ADDRESSES = (types.int64,) * 6  # of codes, scales, x and zeros, and two numbers
 
 
 @pytest.mark.parametrize("capability,bits,group_size,zero,row_tiles,plan,special", MATVECS)
 def test_matvec(capability, bits, group_size, zero, row_tiles, plan, special):
     kernel = matvec.matvec_kernel(bits, group_size, zero, row_tiles, plan, **special)
-    ptx = to_ptx(kernel, (ROWS, WORDS, WORDS, WORDS, types.int64, ROWS, types.Tuple(())), capability)
+    ptx = to_ptx(kernel, (*ADDRESSES, ROWS, types.Tuple(())), capability)
     # 4 units, 2 steps and 2 column tiles, and the sums of x
-    assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == (16 + 8) * row_tiles
-    assert count(ptx, STREAM) == 2 * bits  # the first chunk's words, and the next one's
-    assert count(ptx, "ld.global.v4.u32") == 4 * row_tiles  # x, which may have to wait, is not read through .nc
+    assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == plan.sets * (16 + 8) * row_tiles
+    asked = 2 if plan.short or plan.sets == 1 else 4  # the first words of each set, and where there is a loop the next ones
+    assert count(ptx, STREAM) == asked * bits
+    copies = 2 if plan.short else 2 + plan.sets  # of x: the ring's two chunks, and in a loop what follows each
+    assert count(ptx, "cp.async.cg.shared.global.L2::128B") == copies * 4 * row_tiles
+    assert not count(ptx, "ld.global.v4.u32")  # x goes past the registers
     assert not count(ptx, "sub.rn.f16x2")  # codes are multiplied as they are
     assert not count(ptx, "st.local")
     assert ("griddepcontrol.wait" in ptx) == ("griddepcontrol.launch_dependents" in ptx) == (capability >= (9, 0))
-    assert ("ld.shared::cluster.f32" in ptx) == (plan.split > 1)
 
 
 def test_an_epilogue_takes_the_place_of_the_store():
@@ -113,5 +116,5 @@ def test_an_epilogue_takes_the_place_of_the_store():
 
     epilogue = matvec.Epilogue(read, (np.float32(0),), scale)
     kernel = matvec.matvec_kernel(4, 128, 8, 1, matvec.Plan(8), epilogue=epilogue)
-    ptx = to_ptx(kernel, (ROWS, WORDS, WORDS, WORDS, types.int64, ROWS, types.Tuple((FLOATS,))), (9, 0))
+    ptx = to_ptx(kernel, (*ADDRESSES, ROWS, types.Tuple((FLOATS,))), (9, 0))
     assert count(ptx, "ld.global.f32")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -78,6 +80,43 @@ def warp_product(x, layer: layout.DeviceLinear):
             for i in range(4):
                 y[2 * T + i % 2, 32 * strip + 4 * G + 2 * tile + i // 2] = sums[:, tile, i]
     return y
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 11, 16])
+@pytest.mark.parametrize("inner", [256, 288, 448])
+def test_what_lanes_copy_of_x_they_find_as_fragments(rows, inner, monkeypatch):
+    """The ring's own functions, run lane by lane: :mod:`~tinygptq.kernels.cuda.activations`."""
+    activations = pytest.importorskip("tinygptq.kernels.cuda.activations", exc_type=ImportError)
+    x = np.random.default_rng(rows).standard_normal((rows, inner)).astype(np.float16)
+    words, row_tiles, warps = x.ravel().view(np.uint32), 1 if rows <= 8 else 2, 3
+    shared = np.full(activations.ring_bytes(warps, rows) // 4, 0x7E007E00, np.uint32)  # NaN
+
+    def copy_pair(shared, to, array, index, wanted, first, second):
+        for further, inside in ((0, first), (32, second)):
+            if wanted:
+                shared[to + further : to + further + 4] = array[index + further : index + further + 4] if inside else 0
+
+    monkeypatch.setattr(activations, "device_function", lambda function: function)
+    monkeypatch.setattr(activations, "copy_async_pair_if", copy_pair)
+    monkeypatch.setattr(activations, "copy_async_commit", lambda: None)
+    monkeypatch.setattr(activations, "load_shared", lambda shared, at: tuple(shared[at : at + 4]))
+    locate, copy, take = activations.ring.__wrapped__(row_tiles, inner % 128 > 0)
+    chunks = -(-inner // 128)
+    padded = np.zeros((16, 128 * chunks), np.float16)
+    padded[:rows, :inner] = x
+    places = {}
+    for warp, lane in np.ndindex(warps, 32):
+        monkeypatch.setattr(activations, "cuda", SimpleNamespace(threadIdx=SimpleNamespace(x=32 * warp + lane)))
+        places[warp, lane] = locate(np.int32(rows), np.int32(inner))
+        for slot in range(2):
+            copy(shared, places[warp, lane], words, (warp + slot) % chunks, chunks, slot)
+    for (warp, lane), place in places.items():
+        for slot in range(2):
+            found = np.array(take(shared, place, slot), np.uint32).view(np.float16).reshape(row_tiles, 4, 8)
+            k = 128 * ((warp + slot) % chunks) + 32 * np.arange(4)[:, None] + 8 * T[lane] + np.arange(8)
+            for tile in range(row_tiles):
+                if G[lane] + 8 * tile < rows:
+                    np.testing.assert_array_equal(found[tile], padded[G[lane] + 8 * tile, k])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -185,7 +224,8 @@ def test_the_instructions_of_a_run_give_its_product(bits, units, row_tiles, monk
     for run in range(0, 4, units):
         span, part = range(run, run + units), slice(32 * run, 32 * (run + units))
         tables = ([t[run, 4 * G + c] for c in range(4)] for t in (scales, zeros / np.float32(products.UNIT)))
-        total = products.emit_run(NumpyBuilder(), bits, span, row_tiles, total, lane_words(codes, bits), *tables, rows)
+        ones = products.emit_sums(NumpyBuilder(), span, row_tiles, rows)
+        total = products.emit_run(NumpyBuilder(), bits, span, row_tiles, total, lane_words(codes, bits), *tables, rows, ones)
         expected += x[:, part].astype(np.float64) @ (scales[run] * (codes[part] - zeros[run].astype(np.float64)))
     for place, found in enumerate(total):
         tile, half, i = np.unravel_index(place, (row_tiles, 2, 4))
@@ -227,9 +267,8 @@ def test_what_tensor_cores_drop_of_subnormals_is_little(bits, monkeypatch):
     zero = np.full(32, 2.0 ** (bits - 1) / products.UNIT, np.float32)
     rows = [r.copy() for u in range(4) for r in x[G[:, None], 32 * u + 8 * T[:, None] + np.arange(8)].view(np.uint32).T]
     total, words = [np.zeros(32, np.float32)] * 8, lane_words(codes, bits)
-    total = products.emit_run(
-        NumpyBuilder(), bits, range(4), 1, total, words, [np.ones(32, np.float32)] * 4, [zero] * 4, rows
-    )
+    ones, tables = products.emit_sums(NumpyBuilder(), range(4), 1, rows), ([np.ones(32, np.float32)] * 4, [zero] * 4)
+    total = products.emit_run(NumpyBuilder(), bits, range(4), 1, total, words, *tables, rows, ones)
     expected = x.astype(np.float64) @ (codes - 2.0 ** (bits - 1))
     found = np.zeros((8, 32))
     for place, values in enumerate(total):

@@ -49,16 +49,15 @@ def test_long_and_wide_layers(columns):
 def test_every_plan_gives_the_product(layer, rows, monkeypatch):
     from tinygptq.kernels.cuda import dispatch, matvec
     from tinygptq.kernels.cuda.layout import to_device
-    from tinygptq.kernels.cuda.runtime import capability, cupy
+    from tinygptq.kernels.cuda.runtime import cupy
 
     rng = fresh_generator()
     packed = random_linear(rng, *layer[:4], 1440, 256)
     device, x = to_device(packed), cupy().asarray(random_rows(rng, rows, 1440))
     exact = exact_product(x.get(), packed)
-    plans = [matvec.Plan(8), matvec.Plan(4, resident=4, ahead=True), matvec.Plan(8, width=2)]
-    if capability() >= (9, 0):
-        plans += [matvec.Plan(4, width=2, split=2), matvec.Plan(4, split=4)]
-    for plan in plans:
+    # 12 chunks, the last one not whole: warps with one, two, two or three, and all of them
+    plans = [matvec.Plan(warps, resident, sets) for warps, resident in ((12, 1), (8, 1), (5, 3), (1, 6)) for sets in (1, 2)]
+    for plan in [*plans, matvec.Plan(12, short=True), matvec.Plan(8, short=True), matvec.Plan(6, short=True)]:
         monkeypatch.setattr(matvec, "plan", lambda *args, plan=plan: plan)
         out = cupy().full((rows, 256), np.nan, np.float32)
         dispatch.linear(x, device, out, kernel="matvec")

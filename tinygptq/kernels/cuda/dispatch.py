@@ -19,6 +19,7 @@ import numpy as np
 
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels.cuda import dequantise, matmul, matvec, plain
+from tinygptq.kernels.cuda.activations import ring_bytes
 from tinygptq.kernels.cuda.cublas import Part, cublas
 from tinygptq.kernels.cuda.layout import COLUMNS, ROWS, DeviceLinear
 from tinygptq.kernels.cuda.runtime import capability, cupy, multiprocessors
@@ -124,14 +125,14 @@ def multiply_rows(
         dependent: the kernel may begin while the one before it still runs (programmatic dependent launch, 9.0). It reads
             weights at once, so nothing that is still at work on the stream may write them.
     """
-    row_tiles = 1 if x.shape[0] <= 8 else 2
-    shape = layer.codes.shape[0], x.shape[1], row_tiles
-    plan = matvec.plan(*shape, layer.bits, layer.group_size, multiprocessors(), capability())
+    row_tiles, strips = 1 if x.shape[0] <= 8 else 2, layer.codes.shape[0]
+    plan = matvec.plan(strips, x.shape[1], row_tiles, layer.bits, layer.group_size, multiprocessors())
     special = {"ragged": x.shape[1] % ROWS != 0, "wide_scales": layer.scales.dtype.itemsize == 4, "epilogue": epilogue}
     kernel = matvec.matvec_kernel(layer.bits, layer.group_size, layer.zero, row_tiles, plan, **special)
-    grid = layer.codes.shape[0] // plan.width * plan.split
-    arguments = x, *_words(layer), layer.scales.shape[1], y, extra
-    kernel(grid, 32 * plan.warps, stream, *arguments, dependent=dependent, cluster=plan.split)
+    codes, scales, zeros = (0 if array is None else array.data.ptr for array in (layer.codes, layer.scales, layer.zeros))
+    arguments = codes, scales, x.shape[1], layer.scales.shape[1], x.data.ptr, zeros, y, extra
+    at_launch = {"dependent": dependent, "shared_bytes": ring_bytes(plan.warps, x.shape[0])}
+    kernel(strips, 32 * plan.warps, stream, *arguments, **at_launch)
 
 
 def _run_matmul(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:

@@ -42,6 +42,7 @@ class Kernel:
     def __init__(self, function: Callable[..., None], launch_bounds: int | tuple[int, ...] | None = None) -> None:
         self.function, self.launch_bounds = function, launch_bounds
         self._loaded: dict[tuple, Any] = {}  # kinds of arguments -> cuda.core's Kernel
+        self._allowed: dict[tuple, int] = {}  # ... -> dynamic shared memory that it may have, in bytes
 
     def __call__(
         self,
@@ -50,7 +51,6 @@ class Kernel:
         stream: Any,
         *arguments: Any,
         dependent: bool = False,
-        cluster: int = 1,
         shared_bytes: int = 0,
     ) -> None:
         """Put the kernel on a CuPy stream; may be recorded in a CUDA graph once it has run for these kinds of arguments.
@@ -59,16 +59,17 @@ class Kernel:
             grid, block: blocks, and threads of a block, up to three dimensions.
             dependent: the kernel may begin while the one before it still runs (programmatic dependent launch, from sm_90):
                 it has to wait by itself, with ``wait_for_dependencies``, before it touches what others write.
-            cluster: blocks of a cluster, along the grid's first dimension (from sm_90).
             shared_bytes: dynamic shared memory, in bytes.
         """
         from cuda.core import launch
 
         flat: list[Any] = []
-        kernel = self._kernel(_read(arguments, flat))
-        if shared_bytes > 48 << 10:
+        kinds = _read(arguments, flat)
+        kernel = self._kernel(kinds)
+        if shared_bytes > self._allowed.get(kinds, 0):
             _allow_shared(kernel, shared_bytes)
-        launch(_core_stream(stream.ptr), _launch_config(grid, block, dependent, cluster, shared_bytes), kernel, *flat)
+            self._allowed[kinds] = shared_bytes
+        launch(_core_stream(stream.ptr), _launch_config(grid, block, dependent, shared_bytes), kernel, *flat)
 
     def prepare(self, *arguments: Any) -> None:
         """Compile (or find) and load the kernel for arguments of these kinds, without running it."""
@@ -178,18 +179,18 @@ def _scalar(number: np.generic) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _launch_config(grid: Any, block: Any, dependent: bool, cluster: int, shared_bytes: int) -> Any:
+def _launch_config(grid: Any, block: Any, dependent: bool, shared_bytes: int) -> Any:
     from cuda.core import LaunchConfig
 
     options: dict[str, Any] = {"programmatic_stream_serialization": True} if dependent else {}
-    if cluster > 1:  # cuda.core counts the grid in clusters then
-        grid = (grid,) if isinstance(grid, int) else grid
-        grid, options["cluster"] = (grid[0] // cluster, *grid[1:]), cluster
     return LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes, **options)
 
 
 def _allow_shared(kernel: Any, size: int) -> None:
-    """Let a kernel have more dynamic shared memory than 48 KB (which cuda.core has a name for only in newer versions)."""
+    """Let a kernel have so much dynamic shared memory, which is asked for where it makes more than 48 KB with the static.
+
+    (cuda.core has a name for this only in newer versions.)
+    """
     from cuda.bindings import driver
 
     name = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -6,11 +6,12 @@ codes, with no exponent to put in and nothing to subtract. What the half2 lacks 
 
     sum of scale * (code - zero) * x  =  2^24 * scale * (sums[0] + sums[offset] * 2^-offset + ... - zero * 2^-24 * ones)
 
-where ``ones`` is the sum of x, from an mma whose A is 1 everywhere. Powers of two are exact; the caller multiplies by 2^24
-once, at the very end. Each product of a code and a number in fp16 is exact; their sum is not, and less so than float32's:
-tensor cores line products up at the largest exponent among them and drop what falls below some 24 bits from there, and a
-subnormal has the exponent of 2^-14 whatever its size. A code at offset o so loses up to 10 - o of these bits, which leaves
-a relative error of some 1e-6 in a sum; ``code - zero`` as a normal fp16 number leaves 1e-7, for a quarter more work.
+where ``ones`` is the sum of x, from an mma whose A is 1 everywhere, which need not wait for codes. Powers of two are exact;
+the caller multiplies by 2^24 once, at the very end. Each product of a code and a number in fp16 is exact; their sum is not,
+and less so than float32's: tensor cores line products up at the largest exponent among them and drop what falls below some
+24 bits from there, and a subnormal has the exponent of 2^-14 whatever its size. A code at offset o so loses up to 10 - o of
+these bits, which leaves a relative error of some 1e-6 in a sum; ``code - zero`` as a normal fp16 number leaves 1e-7, for a
+quarter more work.
 """
 
 import functools
@@ -50,13 +51,14 @@ def offset_of(bits: int, unit: int, step: int) -> int:
 
 @functools.cache
 def run_product(bits: int, first: int, units: int, row_tiles: int):
-    """The device function ``(total, words, scale, zero, x)`` -> ``total``, a run of units being those of one group.
+    """The device function ``(total, words, scale, zero, x, ones)`` -> ``total``, a run of units being those of one group.
 
     Args of the device function:
         total: 8 float32 for each 8 rows of x: C's registers of a strip's two column tiles, in units of 2^-24.
         words: a lane's ``4 * bits`` words of a chunk; word w of column c is words[4w + c].
         scale, zero: of a lane's four columns, float32; zero in units of 2^-24.
         x: for each 8 rows of x, B's registers of the chunk: 4 for each of four units.
+        ones: the run's, from :func:`sum_of_rows`.
     """
 
     def generate(context, builder, signature, args):
@@ -64,12 +66,26 @@ def run_product(bits: int, first: int, units: int, row_tiles: int):
         return _pack(builder, emit_run(builder, bits, range(first, first + units), row_tiles, *operands))
 
     @intrinsic
-    def product(typingctx, total, words, scale, zero, x):
-        sums = types.UniTuple(types.float32, 8 * row_tiles)
+    def product(typingctx, total, words, scale, zero, x, ones):
+        sums, of_x = (types.UniTuple(types.float32, n * row_tiles) for n in (8, 2))
         codes, rows = (types.UniTuple(types.uint32, n) for n in (4 * bits, 16 * row_tiles))
-        return sums(sums, codes, F32X4, F32X4, rows), generate
+        return sums(sums, codes, F32X4, F32X4, rows, of_x), generate
 
     return product
+
+
+@functools.cache
+def sum_of_rows(first: int, units: int, row_tiles: int):
+    """The device function ``x`` -> ``ones``: for each 8 rows, the float32 sums of rows 2t and 2t + 1 of x over a run."""
+
+    def generate(context, builder, signature, args):
+        return _pack(builder, emit_sums(builder, range(first, first + units), row_tiles, _unpack(builder, args[0])))
+
+    @intrinsic
+    def sums(typingctx, x):
+        return types.UniTuple(types.float32, 2 * row_tiles)(types.UniTuple(types.uint32, 16 * row_tiles)), generate
+
+    return sums
 
 
 @functools.cache
@@ -96,9 +112,20 @@ def leave_sums(row_tiles: int, pitch: int):
     return leave
 
 
-def emit_run(builder, bits, units, row_tiles, total, words, scale, zero, x):
+def emit_sums(builder, units, row_tiles, x):
+    """The instructions of :func:`sum_of_rows`: lists of registers in and out."""
+    ones = []
+    for tile in range(row_tiles):
+        steps = [NO_SUM, NO_SUM]  # two chains, which do not wait for each other
+        for unit, step in itertools.product(units, range(2)):
+            steps[step] = mma_assembly(builder, (I32(ONE),) * 4, x[16 * tile + 4 * unit + 2 * step :][:2], steps[step])
+        ones += [builder.fadd(steps[0][i], steps[1][i]) for i in range(2)]
+    return ones
+
+
+def emit_run(builder, bits, units, row_tiles, total, words, scale, zero, x, ones):
     """The instructions of :func:`run_product`: lists of registers in, the new ``total`` out."""
-    sums, ones = {}, {}  # C's registers, by (row tile, column tile, offset) and by (row tile, step)
+    sums = {}  # C's registers, by (row tile, column tile, offset)
     for unit, step in itertools.product(units, range(2)):
         codes = [[_codes(builder, words, c, bits, unit, 2 * step + i) for i in range(2)] for c in range(4)]
         for tile in range(row_tiles):
@@ -107,13 +134,11 @@ def emit_run(builder, bits, units, row_tiles, total, words, scale, zero, x):
                 (a0, a2), (a1, a3) = codes[2 * half : 2 * half + 2]
                 key = tile, half, offset_of(bits, unit, step)
                 sums[key] = mma_assembly(builder, (a0, a1, a2, a3), b, sums.get(key, NO_SUM))
-            ones[tile, step] = mma_assembly(builder, (I32(ONE),) * 4, b, ones.get((tile, step), NO_SUM))
     total = list(total)
     for tile, half, i in itertools.product(range(row_tiles), range(2), range(4)):
         column, place = 2 * half + i // 2, 8 * tile + 4 * half + i
         value = _merge(builder, {o: c[i] for (t, h, o), c in sums.items() if (t, h) == (tile, half)})
-        of_x = builder.fadd(ones[tile, 0][i % 2], ones[tile, 1][i % 2])  # of row 2t or 2t + 1
-        value = builder.fma(builder.fsub(F32(-0.0), zero[column]), of_x, value)  # NVVM's LLVM has no fneg
+        value = builder.fma(builder.fsub(F32(-0.0), zero[column]), ones[2 * tile + i % 2], value)  # NVVM's LLVM has no fneg
         total[place] = builder.fma(scale[column], value, total[place])
     return total
 

@@ -1,8 +1,9 @@
 """The PTX instructions the kernels use, each as one function that a Numba kernel can call.
 
 A 32-bit register that holds two fp16 numbers is a *half2*, kept in a ``uint32``: element 0 in the low half. An *index*
-counts an array's elements from its first, whatever the array's shape; arrays are C-contiguous. Functions that move 16
-bytes need an address that is a multiple of 16.
+counts an array's elements from its first, whatever the array's shape; arrays are C-contiguous. Of an array in global memory
+a kernel may have the address alone (int64), which is one argument and not seven, and stands for an array of uint32.
+Functions that move 16 bytes need an address that is a multiple of 16.
 
 mma.m16n8k16 multiplies a 16 x 16 tile A by a 16 x 8 tile B and adds to a 16 x 8 tile C. Each tile is spread over the 32
 lanes of a warp; with g = lane // 4 and t = lane % 4, lane's registers hold::
@@ -60,6 +61,8 @@ def _unpack(builder, values):
 
 def _address(context, builder, array_type, array, index, space):
     """Where element ``index`` lies: an i64 in global memory, an i32 in shared memory."""
+    if isinstance(array_type, types.Integer):
+        return builder.add(array, builder.shl(index, I64(2)))
     data = context.make_array(array_type)(context, builder, value=array).data
     pointer = builder.gep(data, [index])
     pointer = builder.addrspacecast(pointer, ir.PointerType(pointer.type.pointee, space))
@@ -105,9 +108,6 @@ def load_in_place(instruction: str, count: int, space: int):
 
     return load
 
-
-load_written_words = load_in_place("ld.global.v4.u32", 4, GLOBAL)
-"""16 bytes of global memory that an earlier kernel wrote, through L1: ld.global.v4; from sm_50."""
 
 load_16_bytes = load_in_place("ld.global.cg.v4.u32", 4, GLOBAL)
 """16 bytes of global memory that another block of this kernel wrote, past L1: ld.global.cg.v4; from sm_50."""
@@ -274,6 +274,29 @@ def copy_async_or_zero(typingctx, shared, shared_index, array, index, wanted):
         return _assembly(builder, ir.VoidType(), text, "r,l,r", [to, source, size], True)
 
     return types.void(shared, types.int64, array, types.int64, types.boolean), generate
+
+
+@intrinsic
+def copy_async_pair_if(typingctx, shared, shared_index, array, index, wanted, first, second):
+    """:func:`copy_async_or_zero` of two pieces of 16 bytes, 128 bytes apart here and there; nothing where not ``wanted``.
+
+    What is not to be read, ``first`` or ``second``, becomes 0. Lines are fetched whole into the L2; from sm_80.
+    """
+    copy = "@wanted cp.async.cg.shared.global.L2::128B"
+    text = (
+        "{.reg .pred wanted; setp.ne.u32 wanted, $2, 0;"
+        f" {copy} [$0], [$1], 16, $3; {copy} [$0 + 128], [$1 + 128], 16, $4;}}"
+    )
+
+    def generate(context, builder, signature, args):
+        to = _address(context, builder, signature.args[0], *args[:2], SHARED)
+        source = _address(context, builder, signature.args[2], *args[2:4], GLOBAL)
+        flag = builder.select(args[4], I32(1), I32(0))
+        sizes = [builder.select(inside, I32(16), I32(0)) for inside in args[5:]]
+        return _assembly(builder, ir.VoidType(), text, "r,l,r,r,r", [to, source, flag, *sizes], True)
+
+    flags = (types.boolean,) * 3
+    return types.void(shared, types.int64, array, types.int64, *flags), generate
 
 
 # Results

@@ -31,25 +31,3 @@ def load_stream_pieces(count: int):
         return types.UniTuple(types.uint32, 4 * count)(array, types.int64), generate
 
     return load
-
-
-@functools.cache
-def load_stream_pieces_if(count: int):
-    """:func:`load_stream_pieces` with one argument more, ``wanted``: where it is false nothing is read, and the words are
-    undefined."""
-    loads = "".join(
-        f" @wanted {LOAD} {{{', '.join(f'${4 * i + j}' for j in range(4))}}}, [${4 * count} + {512 * i}];"
-        for i in range(count)
-    )
-    text = f"{{.reg .pred wanted; setp.ne.u32 wanted, ${4 * count + 1}, 0;{loads}}}"
-
-    @intrinsic
-    def load(typingctx, array, index, wanted):
-        def generate(context, builder, signature, args):
-            address = _address(context, builder, signature.args[0], *args[:2], GLOBAL)
-            flag = builder.select(args[2], I32(1), I32(0))
-            return _assembly(builder, [I32] * (4 * count), text, "=r," * (4 * count) + "l,r", [address, flag], True)
-
-        return types.UniTuple(types.uint32, 4 * count)(array, types.int64, types.boolean), generate
-
-    return load

@@ -1,0 +1,88 @@
+"""x on its way to a warp's tensor cores, in whole lines: a ring of two chunks in shared memory, its own for each warp (8.0).
+
+mma wants of a row 16 bytes in each of four lanes, and 64 bytes of eight rows with one load: half lines, each asked for
+twice, which with 8 rows cost a third of a microsecond of six. So the lanes copy 128 bytes in a piece, and past the registers
+(cp.async), so that x is under way while the words of weights, asked for before it, still are; mma's parts come out of
+shared memory. A chunk is 256 bytes of each row. Copied by lane 8r + s, and then read by lane 4g + t of a warp::
+
+    copied    16 bytes s and s + 8 of rows r, r + 4, ...           r = 0..3, s = 0..7
+    read      16 bytes 4u + t of row g (and of row g + 8)          g = 0..7, t = 0..3, u = 0..3 (a unit of 32 k)
+
+In odd rows the pieces of units 0 and 1 change places, and those of 2 and 3, for eight lanes that read at once have pieces of
+two rows, which would lie in the same banks.
+"""
+
+import functools
+
+import numpy as np
+
+from tinygptq.kernels.cuda.layout import ROWS as CHUNK
+from tinygptq.kernels.cuda.ptx import copy_async_commit, copy_async_pair_if, load_shared
+from tinygptq.kernels.cuda.runtime import cuda
+from tinygptq.kernels.cuda.tables import device_function
+
+CHUNKS = 2  # in the ring
+ROW_WORDS = CHUNK // 2  # 32-bit words of a row in a chunk
+
+
+def ring_bytes(warps: int, rows: int) -> int:
+    """Shared memory of a block for so many rows of x, in bytes."""
+    return 4 * CHUNKS * ROW_WORDS * rows * warps
+
+
+@functools.cache
+def ring(row_tiles: int, padded: bool):
+    """Device functions of a warp's ring, shared memory being uint32.
+
+    Args: row_tiles: 1 for up to 8 rows of x, 2 for up to 16; padded: x is 0 beyond K, and not undefined.
+
+    ``locate(rows, inner)`` -> where this lane copies to and from and where it reads, for the others; ``copy(shared, place,
+    x, chunk, chunks, slot)`` starts copying a chunk of x, of which there are ``chunks`` (x as an address, or float16 [rows,
+    inner], C-contiguous); ``take(shared, place, slot)`` -> mma's B of the chunk, 16 uint32 for each 8 rows.
+
+    A group of copies is closed by each call of ``copy``; whoever takes has to wait for it, and for the other lanes. Rows
+    that x has not got are neither copied nor of use: they are read as the last.
+    """
+
+    @device_function
+    def locate(rows, inner):
+        lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
+        row, piece = np.int32(lane >> 3), np.int32(lane & 7)
+        slot = np.int32(ROW_WORDS * rows)
+        base = np.int32(CHUNKS * slot * warp)
+        to = np.int32(base + ROW_WORDS * row + 4 * (piece ^ 4 * (row & 1)))
+        source = np.int32(row * np.int32(inner >> 1) + 4 * piece)
+        final, g, h = np.int32(rows - 1), np.int32(lane >> 2), np.int32((lane >> 2) + 8)
+        g, h = g if g < final else final, h if h < final else final
+        at, flip, upper = (
+            np.int32(base + ROW_WORDS * g + 4 * (lane & 3)),
+            np.int32(16 * (g & 1)),
+            np.int32(ROW_WORDS * (h - g)),
+        )
+        return to, source, at, flip, upper, slot, row, rows, inner
+
+    @device_function
+    def copy(shared, place, x, chunk, chunks, slot):
+        to, source, _, _, _, slot_words, row, rows, inner = place
+        to, source = np.int32(to + slot * slot_words), np.int32(source + ROW_WORDS * chunk)
+        k = np.int32(CHUNK * chunk + 8 * (cuda.threadIdx.x & 7))
+        near, far = not padded or k < inner, not padded or k < np.int32(inner - 64)
+        for i in range(2 * row_tiles):
+            there = row < np.int32(rows - 4 * i) and (padded or chunk < chunks)
+            copy_async_pair_if(shared, to + 4 * ROW_WORDS * i, x, np.int32(source + 2 * inner * i), there, near, far)
+        copy_async_commit()
+
+    @device_function
+    def take_rows(shared, at, flip):
+        first, second = load_shared(shared, at + flip), load_shared(shared, at + 16 - flip)
+        return first + second + load_shared(shared, at + 32 + flip) + load_shared(shared, at + 48 - flip)
+
+    @device_function
+    def take(shared, place, slot):
+        at, flip = np.int32(place[2] + slot * place[5]), place[3]
+        if row_tiles == 1:
+            return take_rows(shared, at, flip)
+        upper = np.int32(at + place[4])
+        return take_rows(shared, at, flip) + take_rows(shared, upper, flip)
+
+    return locate, copy, take
