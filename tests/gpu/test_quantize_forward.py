@@ -42,7 +42,7 @@ def test_split_linear_is_as_good_as_float32(shape):
 
     cp, rng = cupy(), fresh_generator()
     x = (rng.normal(size=shape) * rng.lognormal(0, 3, shape[-1])).astype(np.float32)
-    x = np.clip(x, -65504, 65504)  # what fp16 reaches to; one draw in five had more, which becomes infinite: see halves.split
+    x = np.clip(x, -65504, 65504)  # fp16's range: one draw in five had more, which halves.split says becomes infinite
     W, bias = rng.normal(size=(160, shape[-1])).astype(np.float32) / 50, rng.normal(size=160).astype(np.float32)
     high, low = (part.get().astype(np.float64) for part in halves.split(cp.asarray(x)))
     assert relative_error(high + halves.LOW * low, x.astype(np.float64)) < 2**-22
