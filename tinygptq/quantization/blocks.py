@@ -54,8 +54,8 @@ def quantize_blocks(
     Args:
         ids: calibration windows int [samples, T]; None rounds to nearest instead.
         done, hidden: begin after this many blocks, with the residual stream that their quantised forms give.
-        after_block: called between two blocks with what ``done`` and ``hidden`` would be to begin there; the arrays stay as
-            they are until the next linear is given out, and change afterwards.
+        after_block: called between two blocks with what ``done`` and ``hidden`` would be to begin there; it may not keep
+            the arrays, which the next block changes.
         place: where the model's arrays are and the work is done; this machine's processor by default.
     """
     place, blocks, dead = place or Host(), model.config.num_hidden_layers, DeadInputs()

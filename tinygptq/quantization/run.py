@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,21 +124,16 @@ def _solve_and_write(
         place.session(),
         QuantizedFolderWriter(progress.folder, source, config, facts, progress.tensors) as file,
         WriteBehind(file, place.clock.add) as writer,
-        ThreadPoolExecutor(1, thread_name_prefix="tinygptq-save") as saver,
     ):
-        model, hidden, saving = place.model(source), None, Future[None]()
-        saving.set_result(None)  # nothing yet
+        model, hidden = place.model(source), None
         place.announce(source, ids, config)
         if saved is not None:
             hidden = place.restored(saved, model, ids, config, progress.blocks, progress.folder)
 
         def save(done: int, hidden: Any) -> None:
-            nonlocal saving
-            so_far = [asdict(report) for report in reports]
-            saving = saver.submit(progress.save, done, place.saved(hidden), writer, so_far)
+            progress.save(done, place.saved(hidden), writer, [asdict(report) for report in reports])
 
         for name, solution, report in quantize_blocks(model, ids, config, progress.blocks, hidden, save, place):
-            saving.result()  # the disk had the time of the block's first linear; what is saved may change from here on
             writer.write(name, place.tensors(solution, config))
             reports.append(report)
     return reports
