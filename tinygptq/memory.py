@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 # glibc, malloc.h: numbers of mallopt's settings, and their values unless set (128 KiB both)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, DEFAULT = -1, -3, 128 << 10
-M_ARENA_MAX, ANY = -8, 0  # a further thread's own arena would hand back what it frees, whatever the thresholds are
 LARGEST = 2**31 - 1  # mallopt takes a C int
 
 
@@ -24,13 +23,11 @@ def kept() -> Iterator[None]:
     if libc is None:
         yield
         return
-    libc.mallopt(M_ARENA_MAX, 1)
     libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
     libc.mallopt(M_TRIM_THRESHOLD, LARGEST)
     try:
         yield
     finally:
-        libc.mallopt(M_ARENA_MAX, ANY)
         libc.mallopt(M_MMAP_THRESHOLD, DEFAULT)
         libc.mallopt(M_TRIM_THRESHOLD, DEFAULT)
         libc.malloc_trim(0)

@@ -4,9 +4,6 @@ BLAS keeps its threads spinning between calls, and so does OpenMP under Numba's 
 the other, and from everything else on the machine: measured on two busy cores, a forward pass took thirty times as long as
 on one. So OpenMP is asked to sleep (below, before Numba starts it), BLAS is held to one thread within the calls here, and
 the rows of a product are shared out among plain Python threads, which NumPy runs side by side.
-
-At the end of each product every thread waits for the slowest. Where work goes on item by item, `in_teams` splits the
-threads: each team shares its own products, and the teams wait for each other only when all items are done.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,18 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the OpenMP libr
 SLICES = 4  # of the rows, for each thread: whoever is done first takes the next, so that none waits long for another ...
 SLICE_ROWS = 512  # ... but no smaller ones: BLAS rearranges the whole right-hand matrix anew for each slice
 WORTH_SHARING = 1 << 22  # multiplications below which one thread is done before a second has started
-TEAMS = 2  # more would leave each a smaller part of what is in memory at once, and save less than the second does
-
-_within = threading.local()  # of each thread: its team's size, and whether BLAS is held to one thread
 
 
 def count() -> int:
-    """Threads to use: those of the caller's team, or all."""
-    return getattr(_within, "team", None) or _all()
-
-
-def _all() -> int:
-    """NUMBA_NUM_THREADS if set, else the cores this process may run on."""
+    """Threads to use: NUMBA_NUM_THREADS if set, else the cores this process may run on."""
     given = os.environ.get("NUMBA_NUM_THREADS", "")
     if given.isdigit() and int(given) > 0:
         return int(given)
@@ -87,7 +76,7 @@ def share(rows: int, work: int, product: Callable[[slice], None], slices: int = 
 
     There are ``slices`` for each thread, or as many as leave each WORTH_SHARING.
     """
-    threads = max(1, min(count(), rows)) if work >= WORTH_SHARING else 1
+    threads = min(count(), rows) if work >= WORTH_SHARING else 1
     parts = max(threads, min(rows, threads * slices, work // WORTH_SHARING))
     bounds = [rows * i // parts for i in range(parts + 1)]
     left = iter([slice(start, end) for start, end in itertools.pairwise(bounds)])
@@ -97,66 +86,13 @@ def share(rows: int, work: int, product: Callable[[slice], None], slices: int = 
             product(rows)
 
     with alone():
-        others = [_pool(_all()).submit(take) for _ in range(threads - 1)]
+        others = [_pool(threads).submit(take) for _ in range(threads - 1)]
         take()
         for other in others:
             other.result()
 
 
-def in_teams(items: int, do: Callable[[int, int], None], teams: int = TEAMS) -> None:
-    """Call ``do(team, i)`` for i = 0 .. items-1: each team has a run of items, done in order, side by side, on its threads.
-
-    Who does what depends on nothing but the numbers, so that what each team adds up is always the same. With too few
-    threads, or an odd number, the caller does everything, in order. Once a call has failed, no team begins another item.
-    """
-    runs = [range(items * team // teams, items * (team + 1) // teams) for team in range(teams)]
-    if teams == 1 or items < teams or within_team() or count() % teams:
-        for team, run in enumerate(runs):
-            for i in run:
-                do(team, i)
-        return
-    size, failed = count() // teams, threading.Event()
-
-    def work(team: int) -> None:
-        with _team(size):
-            for i in runs[team]:
-                if failed.is_set():
-                    return
-                try:
-                    do(team, i)
-                except BaseException:
-                    failed.set()
-                    raise
-
-    with alone():
-        others = [_team_pool(teams - 1).submit(work, team) for team in range(1, teams)]
-        try:
-            work(0)
-        finally:
-            wait(others)
-        for other in others:
-            other.result()
-
-
-def within_team() -> bool:
-    """Whether the calling thread is at work for a team."""
-    return getattr(_within, "team", None) is not None
-
-
-def share_of_all() -> float:
-    """What part of all threads the caller may use."""
-    return count() / _all()
-
-
-@contextlib.contextmanager
-def _team(size: int) -> Iterator[None]:
-    """Within it, the calling thread works for a team of so many; who made the team holds BLAS to one thread."""
-    was_alone = getattr(_within, "alone", False)
-    _within.team, _within.alone = size, True
-    try:
-        yield
-    finally:
-        _within.team, _within.alone = None, was_alone
+_within = threading.local()
 
 
 @contextlib.contextmanager
@@ -184,9 +120,3 @@ def _blas() -> ThreadpoolController:
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="tinygptq")
-
-
-@functools.cache
-def _team_pool(threads: int) -> ThreadPoolExecutor:
-    """For those who lead a team: were they of `_pool`, they could wait for the very threads they take up."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="tinygptq-team")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tinygptq import ops, threads
+from tinygptq import ops
 from tinygptq.kernels import cpu
 
 
@@ -72,26 +72,3 @@ def test_what_a_query_does_not_see_changes_nothing(bad):
     y = cpu.causal_attention(q, k, v)
     k[0, 0, 17], v[0, 0, 17] = bad, 5
     assert np.array_equal(cpu.causal_attention(q, k, v)[:, :17], y[:, :17])
-
-
-@pytest.mark.parametrize("number", [2, 4])
-def test_teams_get_what_all_threads_get(monkeypatch, number):
-    """Within a team the kernels run on plain threads, not in Numba's parallel loops."""
-    x, weight, frequencies = random(4, 33, 3 * 24), random(3 * 24, seed=1), random(33, 12, seed=2)
-    heads = x.reshape(4, 33, 3, 24).swapaxes(1, 2)  # (B, H, T, D)
-
-    def work(i):
-        normed, q = cpu.rms_norm(x[i], weight, 1e-5), cpu.apply_rope(heads[i : i + 1].copy(), frequencies, frequencies)
-        return normed, cpu.swiglu(normed, x[i].copy()), cpu.causal_attention(q, q, heads[i : i + 1])
-
-    expected, found = [work(i) for i in range(4)], [()] * 4
-    monkeypatch.setenv("NUMBA_NUM_THREADS", str(number))
-
-    def do(team, i):
-        assert threads.within_team()
-        found[i] = work(i)
-
-    threads.in_teams(4, do)
-    for want, got in zip(expected, found, strict=True):
-        for a, b in zip(want, got, strict=True):
-            np.testing.assert_array_equal(b, a)

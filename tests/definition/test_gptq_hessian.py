@@ -29,23 +29,6 @@ def test_streaming_gives_two_over_n_times_the_sum_of_outer_products(dtype: type)
     assert np.array_equal(hessian.H, hessian.H.T)
 
 
-def test_two_merged_are_one_that_was_given_all() -> None:
-    X, Y = activations(3, 5, 8), 2 * activations(2, 5, 8)
-    whole, one, other, none = (Hessian(8) for _ in range(4))
-    whole.add(X)
-    whole.add(Y)
-    one.add(X)
-    other.add(Y)
-    before = other.H
-    one.merge(other)
-    one.merge(none)
-    none.merge(one)
-    assert one.n_samples == none.n_samples == 5
-    assert np.array_equal(one.H, whole.H) and np.array_equal(none.H, whole.H)
-    none.add(X)
-    assert np.array_equal(one.H, whole.H) and np.array_equal(other.H, before)  # each has a sum of its own
-
-
 def test_adding_leaves_the_activations_alone() -> None:
     X = activations(2, 5, 8)
     before = X.copy()

@@ -53,14 +53,6 @@ class Hessian:
         if x.shape[0]:
             self.n_samples += X.shape[0] if X.ndim == 3 else 1
 
-    def merge(self, other: Hessian) -> None:
-        """Add what another one of the same width was given."""
-        if other._sum is None:
-            return
-        xp = array_module(other._sum)
-        self._sum = other._sum.copy() if self._sum is None else xp.add(self._sum, other._sum, out=self._sum)
-        self.n_samples += other.n_samples
-
     @property
     def H(self) -> np.ndarray:
         """The Hessian so far, [in, in]; an error when nothing was added."""

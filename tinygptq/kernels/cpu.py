@@ -183,7 +183,6 @@ def _with_bias(table: np.ndarray, arrays: tuple[np.ndarray, ...], bias: np.ndarr
 # ------------------------------------------------------------------------------------------ multiplying
 
 _prepared: weakref.WeakKeyDictionary[Linear, CpuLinear] = weakref.WeakKeyDictionary()
-_preparing = threading.Lock()
 _scratch = threading.local()
 
 
@@ -194,10 +193,9 @@ def linear(x: np.ndarray, layer: Linear) -> np.ndarray:
 
 def prepared(layer: Linear) -> CpuLinear:
     """The prepared form of a layer: made once, kept for as long as the layer lives."""
-    with _preparing:
-        if layer not in _prepared:
-            _prepared[layer] = prepare(layer)
-        return _prepared[layer]
+    if layer not in _prepared:
+        _prepared[layer] = prepare(layer)
+    return _prepared[layer]
 
 
 def matmul(x: np.ndarray, weights: CpuLinear) -> np.ndarray:

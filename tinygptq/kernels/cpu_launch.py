@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from numba import cfunc, njit, prange
 
-from tinygptq import threads
 from tinygptq.kernels import cpu_decode, cpu_layout, cpu_prompt_attention, cpu_rows, simd
 from tinygptq.kernels.simd import get
 
@@ -30,28 +29,20 @@ DECODE, REPACK, INTEGERS, TILES, DEQUANTIZE, WIDEN, RMS_NORM, SWIGLU, ROPE, LAY_
 
 def run(op: int, parts: int, *numbers: int | np.ndarray, number: float = 0.0) -> None:
     """Do ``parts`` parts of a job in parallel; an array among ``numbers`` stands for its address."""
-    if threads.within_team():  # two of Numba's parallel loops at once would each take all cores, or end the process
-        work = parts * threads.WORTH_SHARING
-        threads.share(parts, work, lambda some: run_here(op, some, *numbers, number=number), slices=threads.SLICES)
-        return
-    job = _job(op, numbers)
+    job = np.array([op, *(n.ctypes.data if isinstance(n, np.ndarray) else n for n in numbers)], np.int64)
     _launch(kernels().address, job.ctypes.data, parts, np.float32(number))
 
 
-def run_here(op: int, parts: slice, *numbers: int | np.ndarray, number: float = 0.0) -> None:
+def run_here(op: int, parts: slice, *numbers: int | np.ndarray) -> None:
     """Some parts on the calling thread alone, with Python's lock released: for threads that share out larger tasks."""
-    job = _job(op, numbers)
-    _launch_here(kernels().address, job.ctypes.data, parts.start, parts.stop, np.float32(number))
-
-
-def _job(op: int, numbers: tuple[int | np.ndarray, ...]) -> np.ndarray:
-    return np.array([op, *(n.ctypes.data if isinstance(n, np.ndarray) else n for n in numbers)], np.int64)
+    job = np.array([op, *(n.ctypes.data if isinstance(n, np.ndarray) else n for n in numbers)], np.int64)
+    _launch_here(kernels().address, job.ctypes.data, parts.start, parts.stop)
 
 
 @njit(nogil=True, cache=True)
-def _launch_here(function, job, first, last, number):
+def _launch_here(function, job, first, last):
     for part in range(first, last):
-        simd.call(function, job, part, number)
+        simd.call(function, job, part, np.float32(0))
 
 
 @njit(parallel=True, cache=True)
@@ -60,17 +51,9 @@ def _launch(function, job, parts, number):
         simd.call(function, job, part, number)
 
 
-_loading = threading.Lock()
-
-
+@functools.cache
 def kernels():
     """The compiled kernels, from the disk cache if it has them; INFO says how long that took."""
-    with _loading:
-        return _kernels()
-
-
-@functools.cache
-def _kernels():
     start = time.perf_counter()
     notice = threading.Timer(1.5, log.info, ["compiling the CPU kernels: once, some 10 to 20 seconds ..."])
     notice.daemon = True

@@ -156,24 +156,9 @@ def _stage_inputs(model: Llama, layer: int, h: np.ndarray) -> tuple[np.ndarray, 
 
 def _add_to(hidden: Any, model: Llama, layer: int, name: str, inputs: Activations, place: Host) -> None:
     """Add what a linear makes of its inputs to the residual stream."""
-
-    def add(team: int, i: int) -> None:
-        x = inputs[i]
-        with place.clock("forward"):
-            hidden[i] += model.linear(layer, name, x)
-
-    place.each(len(inputs), add)
-
-
-def _gather(inputs: Activations, in_features: int, layer: int, place: Host) -> Hessian:
-    """The Hessian of all batches; each team adds up its own."""
-    sums = [place.hessian(in_features) for _ in range(place.teams)]
-    place.each(len(inputs), lambda team, i: _add(sums[team], inputs[i], layer, place))
-    whole, *others = sums
-    with place.clock("Hessian"):
-        for other in others:
-            whole.merge(other)
-    return whole
+    with place.clock("forward"):
+        for i in range(len(hidden)):
+            hidden[i] += model.linear(layer, name, inputs[i])
 
 
 def _add(hessian: Hessian, x: np.ndarray, layer: int, place: Host) -> None:
@@ -203,7 +188,9 @@ def _solve(
     outputs: Mapping[str, list[np.ndarray]] = MappingProxyType({}),
 ):
     """Solve the linears that share ``inputs``."""
-    hessian = _gather(inputs, model.config.linear_shapes()[names[0]][0], layer, place)
+    hessian = place.hessian(model.config.linear_shapes()[names[0]][0])
+    for x in inputs:
+        _add(hessian, x, layer, place)
     yield from _solve_with(model, layer, names, hessian, config, place, None if cross is None else cross().C, outputs)
 
 

@@ -29,7 +29,7 @@ from tinygptq.model import Llama
 from tinygptq.packing import PackedLinear
 from tinygptq.weights import DenseLinear, Linear, Weights, dense
 
-TOKENS_AT_ONCE = 8192  # calibration tokens that are on their way through a stage, of all teams; enough to keep BLAS busy
+TOKENS_AT_ONCE = 8192  # calibration tokens that go through a stage together; enough to keep BLAS busy
 ROWS_AT_ONCE = 256  # of W, whose rounding errors are measured together, in the processor's cache
 KEEP_BYTES = 4 << 30  # so much of one stage's activations is kept, and what is beyond it computed again when needed
 
@@ -39,10 +39,7 @@ T = TypeVar("T")
 
 
 class Clock:
-    """Seconds spent on each part of the work: ``with clock("forward"): ...``; what is nested belongs to the outer part.
-
-    A second of a team's counts as much as its share of the threads, so that the parts add up to what the whole took.
-    """
+    """Seconds spent on each part of the work: ``with clock("forward"): ...``; what is nested belongs to the outer part."""
 
     def __init__(self) -> None:
         self._spent: dict[str, float] = defaultdict(float)
@@ -84,7 +81,7 @@ class Clock:
         return time.perf_counter()
 
     def _add(self, part: str, mark: Any) -> None:
-        self.add(part, (time.perf_counter() - mark) * threads.share_of_all())
+        self.add(part, time.perf_counter() - mark)
 
 
 class Host:
@@ -92,7 +89,6 @@ class Host:
 
     name = "cpu"  # what a run's fingerprint calls it
     solver: Any = "numba"  # solve's ``method``
-    teams = threads.TEAMS  # which take batches through a stage side by side
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -106,7 +102,7 @@ class Host:
 
     def batches(self, ids: np.ndarray) -> list[np.ndarray]:
         """Whole windows, about TOKENS_AT_ONCE tokens together."""
-        size = max(1, TOKENS_AT_ONCE // (self.teams * ids.shape[1]))
+        size = max(1, TOKENS_AT_ONCE // ids.shape[1])
         return [ids[i : i + size] for i in range(0, len(ids), size)]
 
     def embed(self, model: Llama, ids: np.ndarray) -> Any:
@@ -127,10 +123,6 @@ class Host:
 
     def hessian(self, in_features: int) -> Hessian:
         return Hessian(in_features)
-
-    def each(self, batches: int, do: Callable[[int, int], None]) -> None:
-        """Call ``do(team, i)`` for every batch i; a team's batches come in order."""
-        threads.in_teams(batches, do, self.teams)
 
     def cross(self) -> Cross:
         """What sums up how errors go together with inputs; nothing yet."""

@@ -76,7 +76,6 @@ class Card(Host):
     """The current CUDA device."""
 
     solver = solver
-    teams = 1
 
     def __init__(self) -> None:
         cp = cupy()

@@ -38,9 +38,6 @@ class Activations:
             self._kept[i] = x
         return x
 
-    def __len__(self) -> int:
-        return self._count
-
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[i] for i in range(self._count))
 
