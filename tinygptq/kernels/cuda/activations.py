@@ -13,6 +13,7 @@ two rows, which would lie in the same banks.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,15 +31,33 @@ def ring_bytes(warps: int, rows: int) -> int:
     return 4 * CHUNKS * ROW_WORDS * rows * warps
 
 
+class Place(NamedTuple):
+    """Where a lane copies to and from and where it reads, int32. Words are of 32 bits, of slot 0 and chunk 0.
+
+    Attributes:
+        to, source: words of its first 16 bytes in shared memory and in x.
+        row, rows, inner: the first row of x that it copies, and x's shape.
+        at, flip: the word of its first unit in the row that it reads, if that is even, and 16 if it is odd, else 0.
+        upper: words from there to the row 8 further.
+        slot: words of a slot.
+    """
+
+    to: Any
+    source: Any
+    row: Any
+    rows: Any
+    inner: Any
+    at: Any
+    flip: Any
+    upper: Any
+    slot: Any
+
+
 @functools.cache
 def ring(row_tiles: int, padded: bool):
-    """Device functions of a warp's ring, shared memory being uint32.
+    """Device functions of a warp's ring, shared memory being uint32: ``locate``, ``copy`` and ``take``.
 
     Args: row_tiles: 1 for up to 8 rows of x, 2 for up to 16; padded: x is 0 beyond K, and not undefined.
-
-    ``locate(rows, inner)`` -> where this lane copies to and from and where it reads, for the others; ``copy(shared, place,
-    x, chunk, chunks, slot)`` starts copying a chunk of x, of which there are ``chunks`` (x as an address, or float16 [rows,
-    inner], C-contiguous); ``take(shared, place, slot)`` -> mma's B of the chunk, 16 uint32 for each 8 rows.
 
     A group of copies is closed by each call of ``copy``; whoever takes has to wait for it, and for the other lanes. Rows
     that x has not got are neither copied nor of use: they are read as the last.
@@ -46,6 +65,7 @@ def ring(row_tiles: int, padded: bool):
 
     @device_function
     def locate(rows, inner):
+        """The lane's :class:`Place`, for x of this shape."""
         lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
         row, piece = np.int32(lane >> 3), np.int32(lane & 7)
         slot = np.int32(ROW_WORDS * rows)
@@ -54,22 +74,19 @@ def ring(row_tiles: int, padded: bool):
         source = np.int32(row * np.int32(inner >> 1) + 4 * piece)
         final, g, h = np.int32(rows - 1), np.int32(lane >> 2), np.int32((lane >> 2) + 8)
         g, h = g if g < final else final, h if h < final else final
-        at, flip, upper = (
-            np.int32(base + ROW_WORDS * g + 4 * (lane & 3)),
-            np.int32(16 * (g & 1)),
-            np.int32(ROW_WORDS * (h - g)),
-        )
-        return to, source, at, flip, upper, slot, row, rows, inner
+        at, flip = np.int32(base + ROW_WORDS * g + 4 * (lane & 3)), np.int32(16 * (g & 1))
+        return Place(to, source, row, rows, inner, at, flip, np.int32(ROW_WORDS * (h - g)), slot)
 
     @device_function
     def copy(shared, place, x, chunk, chunks, slot):
-        to, source, _, _, _, slot_words, row, rows, inner = place
-        to, source = np.int32(to + slot * slot_words), np.int32(source + ROW_WORDS * chunk)
+        """Start copying one of x's ``chunks`` to a slot; x is an address, or float16 [rows, inner], C-contiguous."""
+        to, source = np.int32(place.to + slot * place.slot), np.int32(place.source + ROW_WORDS * chunk)
         k = np.int32(CHUNK * chunk + 8 * (cuda.threadIdx.x & 7))
-        near, far = not padded or k < inner, not padded or k < np.int32(inner - 64)
+        near, far = not padded or k < place.inner, not padded or k < np.int32(place.inner - 64)
         for i in range(2 * row_tiles):
-            there = row < np.int32(rows - 4 * i) and (padded or chunk < chunks)
-            copy_async_pair_if(shared, to + 4 * ROW_WORDS * i, x, np.int32(source + 2 * inner * i), there, near, far)
+            there = place.row < np.int32(place.rows - 4 * i) and (padded or chunk < chunks)
+            from_row = np.int32(source + 2 * place.inner * i)
+            copy_async_pair_if(shared, to + 4 * ROW_WORDS * i, x, from_row, there, near, far)
         copy_async_commit()
 
     @device_function
@@ -79,10 +96,11 @@ def ring(row_tiles: int, padded: bool):
 
     @device_function
     def take(shared, place, slot):
-        at, flip = np.int32(place[2] + slot * place[5]), place[3]
+        """mma's B of the chunk in a slot: 16 uint32 for each 8 rows."""
+        at = np.int32(place.at + slot * place.slot)
         if row_tiles == 1:
-            return take_rows(shared, at, flip)
-        upper = np.int32(at + place[4])
-        return take_rows(shared, at, flip) + take_rows(shared, upper, flip)
+            return take_rows(shared, at, place.flip)
+        upper = np.int32(at + place.upper)
+        return take_rows(shared, at, place.flip) + take_rows(shared, upper, place.flip)
 
     return locate, copy, take

@@ -34,6 +34,7 @@ from tinygptq.kernels.cuda.streams import load_stream_pieces
 from tinygptq.kernels.cuda.tables import device_function, scale_floats, table_reader, zero_floats
 
 PITCH = STRIP + 4  # floats between rows of the sums in shared memory: lanes of a warp fall on different banks
+MOST_WARPS = 16  # of a block
 
 
 class Epilogue(NamedTuple):
@@ -92,10 +93,10 @@ def plan(strips: int, inner: int, row_tiles: int, bits: int, group_size: int, mu
     """
     each, chunks = -(-strips // multiprocessors), -(-inner // CHUNK)  # blocks of a multiprocessor; chunks of a strip
     sets = 1 if group_size % (CHUNK // 2) or (bits == 8 and each > 1) else 2  # one where a chunk takes much code
-    if each == 1 and chunks <= 32 and (row_tiles, sets) != (2, 1):
-        return Plan(min(16, chunks), short=True)
+    if each == 1 and chunks <= 2 * MOST_WARPS and (row_tiles, sets) != (2, 1):
+        return Plan(min(MOST_WARPS, chunks), short=True)
     if each == 1:
-        warps, resident = 8 if row_tiles == 2 or bits == 8 else 16, 1
+        warps, resident = 8 if row_tiles == 2 or bits == 8 else MOST_WARPS, 1
     elif each <= 3:
         warps, resident = 5 if (bits, row_tiles, sets) == (4, 1, 2) else 4, 3
     else:
