@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from tinygptq.config import LlamaConfig
+from tinygptq.kernels import reference
 from tinygptq.packing import PackedLinear, pack
 from tinygptq.weights import DenseLinear, Weights
+
+ACCURACY = 1e-6  # of a product's norm, as for a careful float32 one
 
 
 def packed(K, N, bits, group, *, sym=True, perm=False, bias=False, wide=False, seed=0) -> PackedLinear:
@@ -54,3 +57,17 @@ def weights(config: LlamaConfig, kind, *, group=32, sym=True, perm=False, seed=0
     norms = {name: 1 + array(config.hidden_size) for name in [*names, "model.norm"]}
     embedding = array(config.vocab_size, config.hidden_size)
     return Weights(embedding, array(config.vocab_size, config.hidden_size), norms, linears)
+
+
+def inputs(rows, K, seed=1) -> np.ndarray:
+    """float32 [rows, K] whose sizes differ by orders of magnitude, as activations do."""
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((rows, K)) * 10.0 ** rng.uniform(-3, 1, K)).astype(np.float32)
+
+
+def assert_close(y, x, layer):
+    expected = reference.matmul(x.astype(np.float64), layer)
+    assert y.dtype == np.float32 and y.shape == expected.shape
+    assert np.linalg.norm(y - expected) < ACCURACY * np.linalg.norm(expected)
+    by_row = np.linalg.norm(y - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert by_row.max() < 4 * ACCURACY  # a row of few outputs can cancel

@@ -67,6 +67,11 @@ def gram(x: np.ndarray) -> np.ndarray:
         parts[rows.start] = x[rows].T @ x[rows]
 
     share(x.shape[0], x.size * x.shape[1] // 2, part)
+    return in_order(parts)
+
+
+def in_order(parts: dict[int, np.ndarray]) -> np.ndarray:
+    """The sum of arrays of one shape in the order of their keys; it takes the first one's memory."""
     ordered = [parts[start] for start in sorted(parts)]
     return functools.reduce(lambda total, part: np.add(total, part, out=total), ordered)
 

@@ -5,28 +5,12 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from random_models import packed
+from random_models import ACCURACY, assert_close, inputs, packed
 
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels import cpu, cpu_layout, reference
 from tinygptq.packing import PackedLinear, pack
 from tinygptq.weights import DenseLinear
-
-ACCURACY = 1e-6  # of the output's norm, as for a careful float32 product
-
-
-def inputs(rows, K, seed=1) -> np.ndarray:
-    """float32 [rows, K] whose sizes differ by orders of magnitude, as activations do."""
-    rng = np.random.default_rng(seed)
-    return (rng.standard_normal((rows, K)) * 10.0 ** rng.uniform(-3, 1, K)).astype(np.float32)
-
-
-def assert_close(y, x, layer):
-    expected = reference.matmul(x.astype(np.float64), layer)
-    assert y.dtype == np.float32 and y.shape == expected.shape
-    assert np.linalg.norm(y - expected) < ACCURACY * np.linalg.norm(expected)
-    by_row = np.linalg.norm(y - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-    assert by_row.max() < 4 * ACCURACY  # a row of few outputs can cancel
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

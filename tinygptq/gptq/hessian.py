@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,13 @@ class Hessian:
     Args:
         in_features: length of x.
         dtype: of the activations in the product and of the sum, float32 or float64.
+        gram: computes ``x.T @ x`` of NumPy's [T, in].
     """
 
-    def __init__(self, in_features: int, dtype: type = np.float32) -> None:
-        self.in_features = in_features
+    def __init__(
+        self, in_features: int, dtype: type = np.float32, gram: Callable[[np.ndarray], np.ndarray] = threads.gram
+    ) -> None:
+        self.in_features, self._gram = in_features, gram
         self.dtype = np.dtype(dtype)
         self.n_samples = 0
         self._sum: Any = None  # sum of x x^T so far, [in, in]
@@ -43,7 +47,7 @@ class Hessian:
         X = X.astype(self.dtype, copy=False)
         x = X.reshape(-1, self.in_features)  # (B * T, in)
         with np.errstate(over="ignore", invalid="ignore"):
-            xxT = threads.gram(x) if xp is np else x.T @ x  # (in, in)
+            xxT = self._gram(x) if xp is np else x.T @ x  # (in, in)
         # A NaN or infinity in column k of x shows in diagonal entry k, so that the tokens need no pass of their own.
         bad = ~xp.isfinite(xp.diagonal(xxT))
         if bad.any():

@@ -1,22 +1,24 @@
 """``x @ W + bias`` on the CPU for packed and dense W: the fast twin of reference.py.
 
 A linear is rearranged once (:func:`prepare`) into the tiles that cpu_tiles.py reads. One or a few rows of x then go through
-those tiles directly, and W never exists; for many rows it is cheaper to write W out in float32 and call BLAS.
+those tiles directly, and W never exists; for many rows it is cheaper to write W out in float32 (cpu_products.py, or BLAS).
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from dataclasses import dataclass
 
 import numpy as np
+from llvmlite.binding import get_host_cpu_features
 
 from tinygptq import threads
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels import cpu_launch, cpu_tiles
 from tinygptq.kernels.cpu_layout import place_of_rows
-from tinygptq.kernels.cpu_prompt_attention import HEIGHT
+from tinygptq.kernels.cpu_products import GRAM_COLUMNS, HEIGHT, LONG
 from tinygptq.kernels.cpu_rows import STRETCH, TILES_AT_ONCE
 from tinygptq.kernels.cpu_tiles import COLUMNS, FIELDS, UNIT
 from tinygptq.packing import PackedLinear
@@ -26,6 +28,7 @@ __all__ = [
     "CpuLinear",
     "apply_rope",
     "causal_attention",
+    "gram",
     "linear",
     "matmul",
     "prepare",
@@ -36,7 +39,8 @@ __all__ = [
     "widened",
 ]
 
-FEW_ROWS = 16  # up to here x goes through the tiles; writing W out for BLAS pays only for many rows
+FEW_ROWS = 16  # up to here x goes through the tiles; writing W out pays only for many rows
+SLICE_SLIVERS = 32  # of HEIGHT rows, at least, in a part of a product: all of W goes past each part's rows
 ATTENTION_SLICES = 16  # of the queries, for each thread
 
 
@@ -228,21 +232,74 @@ def _few(x: np.ndarray, weights: CpuLinear) -> np.ndarray:
 
 
 def _many(x: np.ndarray, weights: CpuLinear) -> np.ndarray:
-    """[M, K] -> [M, N] through W in float32 and BLAS."""
-    outputs, inputs = weights.out_features, weights.in_features
+    """[M, K] -> [M, N] through W in float32."""
+    outputs = weights.out_features
     bias = weights.arrays[-1][:outputs] if weights.table[cpu_tiles.BIAS] else None
-    if weights.table[cpu_tiles.KIND] == cpu_tiles.FLOAT32:
+    if weights.is_packed:
+        y = _through_panels(x, weights) if panels_beat_blas() else threads.matmul(x, _dequantized(weights))
+    elif weights.table[cpu_tiles.KIND] == cpu_tiles.FLOAT32:
         y = threads.matmul(x, weights.arrays[0].T)
-    elif weights.is_packed:
-        columns = -(-outputs // COLUMNS) * COLUMNS
-        weight = _room(inputs * columns).reshape(inputs, columns)
-        cpu_launch.run(cpu_launch.DEQUANTIZE, columns // COLUMNS, weights.table, weight, weight.strides[0])
-        y = threads.matmul(x, weight[:, :outputs])
     else:
-        y = threads.matmul(x, _widen(weights, _room(inputs * outputs).reshape(outputs, inputs)).T)
+        room = _room(weights.in_features * outputs).reshape(outputs, weights.in_features)
+        y = threads.matmul(x, _widen(weights, room).T)
     if bias is not None:
         y += bias
     return y
+
+
+@functools.cache
+def panels_beat_blas() -> bool:
+    """Whether cpu_products.py is for this machine: it was measured on AVX2; with wider vectors BLAS has twice the rate."""
+    try:
+        features = get_host_cpu_features()
+    except RuntimeError:  # LLVM does not know them on this platform
+        return False
+    return bool(features.get("avx2") and features.get("fma") and not features.get("avx512f"))
+
+
+def _through_panels(x: np.ndarray, weights: CpuLinear) -> np.ndarray:
+    """[M, K] @ W [K, N] of a packed linear; M is at least HEIGHT."""
+    (rows, inputs), outputs = x.shape, weights.out_features
+    panels = -(-outputs // COLUMNS)
+    W = _room(inputs * panels * COLUMNS)
+    cpu_launch.run(cpu_launch.DEQUANTIZE, panels, weights.table, W, 4 * COLUMNS * inputs, 4 * COLUMNS)
+    out = _aligned(rows, panels * COLUMNS)
+
+    def part(some: slice) -> None:
+        stretch = (some.start * HEIGHT, min(some.stop * HEIGHT, rows))
+        job = (x, x.strides[0], rows, inputs, W, panels, out, out.strides[0], *stretch)
+        cpu_launch.run_here(cpu_launch.PRODUCT, slice(0, 1), *job)
+
+    slivers = -(-rows // HEIGHT)
+    slices = max(1, slivers // (SLICE_SLIVERS * threads.count()))
+    threads.share(slivers, x.size * outputs, part, slices=slices)
+    return np.ascontiguousarray(out[:, :outputs])
+
+
+def _dequantized(weights: CpuLinear) -> np.ndarray:
+    """W of a packed linear, float32 [K, N], in the room for weights."""
+    inputs, tiles = weights.in_features, -(-weights.out_features // COLUMNS)
+    W = _room(inputs * tiles * COLUMNS).reshape(inputs, tiles * COLUMNS)
+    cpu_launch.run(cpu_launch.DEQUANTIZE, tiles, weights.table, W, 4 * COLUMNS, W.strides[0])
+    return W[:, : weights.out_features]
+
+
+def gram(x: np.ndarray) -> np.ndarray:
+    """The fast twin of :func:`tinygptq.threads.gram`: ``x.T @ x``, float32 [T, K] -> [K, K]."""
+    if not len(x) or not panels_beat_blas():
+        return threads.gram(x)
+    x, width = np.ascontiguousarray(x), x.shape[1]
+    high, wide = -(-width // HEIGHT) * HEIGHT, -(-width // COLUMNS) * COLUMNS
+    parts: dict[int, np.ndarray] = {}
+
+    def part(some: slice) -> None:
+        out, room = _aligned(high, wide), _room(LONG * (width + 2 * GRAM_COLUMNS))
+        job = (x[some], x.strides[0], some.stop - some.start, width, out, out.strides[0], room)
+        cpu_launch.run_here(cpu_launch.GRAM, slice(0, 1), *job)
+        parts[some.start] = out[:width, :width]
+
+    threads.share(len(x), x.size * width // 2, part)
+    return threads.in_order(parts)
 
 
 def widened(layer: DenseLinear) -> np.ndarray:
@@ -262,8 +319,15 @@ def _widen(weights: CpuLinear, out: np.ndarray) -> np.ndarray:
 def _room(count: int) -> np.ndarray:
     """float32 [count] to write a weight into: the same memory every time, one for each thread that calls."""
     if getattr(_scratch, "weight", np.empty(0)).size < count:
-        _scratch.weight = np.empty(count, np.float32)
+        _scratch.weight = _aligned(1, count)[0]
     return _scratch.weight[:count]
+
+
+def _aligned(rows: int, columns: int) -> np.ndarray:
+    """float32 [rows, columns] that begins at a cache line, as do the rows where ``columns`` is a multiple of 16."""
+    memory = np.empty(4 * rows * columns + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + 4 * rows * columns].view(np.float32).reshape(rows, columns)
 
 
 # ------------------------------------------------------------------------------------------ between the products

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 from numba import cfunc, njit, prange
 
-from tinygptq.kernels import cpu_decode, cpu_layout, cpu_prompt_attention, cpu_rows, simd
+from tinygptq.kernels import cpu_decode, cpu_layout, cpu_products, cpu_prompt_attention, cpu_rows, simd
 from tinygptq.kernels.simd import get
 
 log = logging.getLogger("tinygptq")
 
 # What a job does; its other numbers are named where they are read
 DECODE, REPACK, INTEGERS, TILES, DEQUANTIZE, WIDEN, RMS_NORM, SWIGLU, ROPE, LAY_OUT, ATTEND = range(11)
+PRODUCT, GRAM = range(11, 13)
 
 
 def run(op: int, parts: int, *numbers: int | np.ndarray, number: float = 0.0) -> None:
@@ -92,7 +93,7 @@ def _compile(sources: int):
         elif op == TILES:
             cpu_rows.tiles_of_rows(job, part)
         elif op == DEQUANTIZE:
-            cpu_layout.dequantized_tile(get(job, 1), part, get(job, 2), get(job, 3))
+            cpu_layout.dequantized_tile(get(job, 1), part, get(job, 2) + part * get(job, 3), get(job, 4))
         elif op == WIDEN:
             cpu_rows.widen_row(job, part)
         elif op == RMS_NORM:
@@ -105,5 +106,9 @@ def _compile(sources: int):
             cpu_prompt_attention.lay_out(job, part, number)
         elif op == ATTEND:
             cpu_prompt_attention.attend_part(job, part)
+        elif op == PRODUCT:
+            cpu_products.product_of_rows(job, part)
+        elif op == GRAM:
+            cpu_products.gram_of_tokens(job, part)
 
     return run_part

@@ -113,13 +113,13 @@ _dequantized4, _dequantized8 = _dequantized_tile(4), _dequantized_tile(8)
 
 @inner
 def dequantized_tile(linear, index, out, stride):
-    """Sixteen columns of a packed linear's W in float32; ``out`` is W [K, tiles * 16], its rows ``stride`` bytes apart."""
-    kind, at = get(linear, KIND), out + index * (4 * COLUMNS)
+    """Sixteen columns of a packed linear's W to ``out``, the address of the first, float32; rows ``stride`` bytes apart."""
+    kind = get(linear, KIND)
     if kind == 4:
-        _dequantized4(linear, index, at, stride)
+        _dequantized4(linear, index, out, stride)
     elif kind == 3:
-        _dequantized3(linear, index, at, stride)
+        _dequantized3(linear, index, out, stride)
     elif kind == 2:
-        _dequantized2(linear, index, at, stride)
+        _dequantized2(linear, index, out, stride)
     else:
-        _dequantized8(linear, index, at, stride)
+        _dequantized8(linear, index, out, stride)

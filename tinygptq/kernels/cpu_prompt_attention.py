@@ -10,10 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from tinygptq.kernels.cpu_attention import softmax_row
+from tinygptq.kernels.cpu_products import HEIGHT, tile
 from tinygptq.kernels.cpu_tiles import COLUMNS
-from tinygptq.kernels.simd import fma, get, inner, load_f32, read_f32, splat, store_f32, write_f32
-
-HEIGHT = 6  # queries whose sums with two vectors of columns fit in AVX2's 16 registers, beside what they are made of
+from tinygptq.kernels.simd import get, inner, read_f32, write_f32
 
 
 @inner
@@ -71,7 +70,8 @@ def attend_part(job, part):
     stride = 4 * _padded(seen)
     for s in range(0, visible, COLUMNS):
         for i in range(0, rows, HEIGHT):
-            _product(queries + 4 * dim * i, 4 * dim, keys + 4 * dim * s, dim, scores + stride * i + 4 * s, stride)
+            at = scores + stride * i + 4 * s
+            tile(queries + 4 * dim * i, 4 * dim, 4, keys + 4 * dim * s, dim, at, stride, 0, False)
     for i in range(rows):
         sees = min(seen - tokens + first + i % HEIGHT + 1, visible)
         softmax_row(scores + stride * i, sees)
@@ -80,29 +80,9 @@ def attend_part(job, part):
     for d in range(0, dim, COLUMNS):
         for i in range(0, rows, HEIGHT):
             at = mixed + 4 * (_padded(dim) * i + d)
-            _product(scores + stride * i, stride, values + 4 * seen * d, visible, at, 4 * _padded(dim))
+            tile(scores + stride * i, stride, 4, values + 4 * seen * d, visible, at, 4 * _padded(dim), 0, False)
     for i in range(rows):
         if i % HEIGHT < count:
             out = get(job, 5) + 4 * dim * ((b * tokens + first + i % HEIGHT) * groups * share + g * share + i // HEIGHT)
             for d in range(dim):
                 write_f32(out + 4 * d, read_f32(mixed + 4 * (_padded(dim) * i + d)))
-
-
-@inner
-def _product(x, x_stride, w, depth, out, stride):
-    """HEIGHT rows of float32 x [HEIGHT, depth] by w [depth, 16] to ``out``."""
-    a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = e0 = e1 = f0 = f1 = splat(0.0)
-    x2, x4 = x + 2 * x_stride, x + 4 * x_stride
-    for _ in range(depth):
-        w0, w1 = load_f32(w), load_f32(w + 32)
-        a, b = splat(read_f32(x)), splat(read_f32(x + x_stride))
-        a0, a1, b0, b1 = fma(a, w0, a0), fma(a, w1, a1), fma(b, w0, b0), fma(b, w1, b1)
-        a, b = splat(read_f32(x2)), splat(read_f32(x2 + x_stride))
-        c0, c1, d0, d1 = fma(a, w0, c0), fma(a, w1, c1), fma(b, w0, d0), fma(b, w1, d1)
-        a, b = splat(read_f32(x4)), splat(read_f32(x4 + x_stride))
-        e0, e1, f0, f1 = fma(a, w0, e0), fma(a, w1, e1), fma(b, w0, f0), fma(b, w1, f1)
-        x, x2, x4, w = x + 4, x2 + 4, x4 + 4, w + 4 * COLUMNS
-    for y0, y1 in ((a0, a1), (b0, b1), (c0, c1), (d0, d1), (e0, e1), (f0, f1)):
-        store_f32(out, y0)
-        store_f32(out + 32, y1)
-        out += stride

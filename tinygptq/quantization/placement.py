@@ -122,7 +122,9 @@ class Host:
         return KEEP_BYTES
 
     def hessian(self, in_features: int) -> Hessian:
-        return Hessian(in_features)
+        from tinygptq.kernels import cpu  # only here: importing Numba takes a while
+
+        return Hessian(in_features, gram=cpu.gram)
 
     def cross(self) -> Cross:
         """What sums up how errors go together with inputs; nothing yet."""
