@@ -7,6 +7,7 @@ run the rest.
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
 
 import numpy as np
@@ -17,7 +18,8 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 from numba.cuda import types
 
-from tinygptq.kernels.cuda import dequantise, matmul, matvec, plain
+from tinygptq.kernels.cuda import dequantise, matmul, matvec, plain, warpgroup
+from tinygptq.kernels.cuda.launch import assemble
 
 WORDS, HALVES, FLOATS, COUNTS = (types.Array(t, 1, "C") for t in (types.uint32, types.float16, types.float32, types.int32))
 ROWS = types.Array(types.float16, 2, "C")
@@ -75,6 +77,29 @@ def test_matmul(capability, bits, group_size, zero, row_tiles):
     assert count(ptx, "cp.async.cg.shared.global") >= 2
     assert count(ptx, STREAM) == 2 * bits  # the first chunk's words, and the next one's
     assert not count(ptx, "st.local")  # the sums stay in registers
+
+
+@pytest.mark.parametrize("bits,group_size,zero,wide", [(4, 128, 8, False), (3, 32, None, True), (8, 64, None, False)])
+def test_warpgroup(bits, group_size, zero, wide):
+    kernel = warpgroup.warpgroup_kernel(bits, group_size, zero, wide_scales=wide, wide_out=wide)
+    y = types.Array(types.float32, 2, "C") if wide else ROWS
+    numbers = types.int64, types.int64
+    ptx = kernel.ptx((types.int64, WORDS, WORDS, WORDS, *numbers, y), (9, 0))
+    assert ".target sm_90a" in ptx
+    assert count(ptx, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16") == 4 * 4  # units, and steps for two tiles
+    assert count(ptx, "wgmma.wait_group.sync.aligned 1") == 2  # one group is always at work while the next is unpacked
+    assert count(ptx, "cp.async.bulk.shared::cluster.global") >= 3  # the first stages, and what follows each of a chunk
+    assert count(ptx, STREAM) == 2 * bits
+    assert "griddepcontrol.wait" in ptx
+    log = io.StringIO()
+    assert assemble(ptx, (9, 0), specific=True, log=log)
+    assert "serialized" not in log.getvalue()  # as products are when the assembler sees a register of theirs written early
+
+
+def test_tiles_of_x():
+    ptx = to_ptx(warpgroup.tile_kernel(), (ROWS, types.int64, WORDS), (9, 0))
+    assert count(ptx, "ld.global.nc.u32") == 4 * warpgroup.UNITS_EACH
+    assert count(ptx, "st.global.v4.u32") == warpgroup.UNITS_EACH
 
 
 MATVECS = (  # capability, bits, group size, zero point or None, row tiles, plan, and what only some kernels have

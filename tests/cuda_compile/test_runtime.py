@@ -60,24 +60,34 @@ def test_the_name_lent_to_numba_cuda_is_taken_back():
 
 
 @pytest.mark.parametrize(
-    "capability,rows,group_size,expected",
+    "capability,rows,bits,group_size,columns,expected",
     [
-        ((9, 0), 1, 128, "matvec"),
-        ((8, 0), 16, 128, "matvec"),
-        ((8, 6), 17, 32, "matmul"),
-        ((9, 0), 192, 4096, "matmul"),
-        ((9, 0), 193, 128, "dequantise"),
-        ((7, 5), 1, 128, "plain"),
-        ((7, 5), 17, 128, "dequantise"),
-        ((9, 0), 1, 48, "plain"),
-        ((9, 0), 2000, 20, "plain"),
+        ((9, 0), 1, 4, 128, 4096, "matvec"),
+        ((8, 0), 16, 4, 128, 4096, "matvec"),
+        ((8, 6), 17, 4, 32, 4096, "matmul"),
+        ((9, 0), 64, 4, 128, 22016, "matmul"),
+        ((9, 0), 65, 4, 128, 22016, "warpgroup"),
+        ((9, 0), 65, 4, 128, 4096, "matmul"),  # too few tiles
+        ((8, 9), 65, 4, 128, 22016, "matmul"),
+        ((12, 0), 512, 4, 128, 22016, "dequantise"),  # a newer card has no wgmma
+        ((9, 0), 256, 4, 4096, 4096, "warpgroup"),
+        ((9, 0), 193, 4, 128, 64, "dequantise"),
+        ((9, 0), 512, 8, 128, 4096, "dequantise"),
+        ((9, 0), 512, 8, 128, 22016, "warpgroup"),
+        ((9, 0), 1024, 4, 128, 4096, "warpgroup"),
+        ((9, 0), 1536, 4, 128, 4096, "dequantise"),  # the last round would be half empty
+        ((9, 0), 1537, 4, 128, 22016, "dequantise"),
+        ((7, 5), 1, 4, 128, 4096, "plain"),
+        ((7, 5), 17, 4, 128, 4096, "dequantise"),
+        ((9, 0), 1, 4, 48, 4096, "plain"),
+        ((9, 0), 2000, 4, 20, 4096, "plain"),
     ],
 )
-def test_the_choice_of_kernel(capability, rows, group_size, expected):
+def test_the_choice_of_kernel(capability, rows, bits, group_size, columns, expected):
     pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
     from tinygptq.kernels.cuda import dispatch
 
-    assert dispatch.choose(capability, rows, group_size) == expected
+    assert dispatch.choose(capability, rows, columns, bits, group_size, multiprocessors=132) == expected
 
 
 @pytest.mark.parametrize(

@@ -274,3 +274,43 @@ def test_what_tensor_cores_drop_of_subnormals_is_little(bits, monkeypatch):
     for place, values in enumerate(total):
         found[2 * T + place % 2, 4 * G + place // 2] = values * products.UNIT
     assert np.linalg.norm(found - expected) <= 5e-6 * np.linalg.norm(expected)
+
+
+def tensor_cores_b(tile, step):
+    """What wgmma finds as B in a tile of 32 k, uint32 [tokens * 16]: half2 [token, 8] of 16 k, by the manual's swizzle.
+
+    Of the address in bytes, bits 4 and 5 are those of the logical one exclusive-or bits 7 and 8.
+    """
+    token, half2 = np.ogrid[: len(tile) // 16, :8]
+    logical = 64 * token + 32 * step + 4 * half2
+    return tile[(logical ^ (logical >> 7 & 3) << 4) // 4]
+
+
+def test_warpgroups_find_in_tiles_of_x_what_their_words_are_multiplied_by():
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
+    from tinygptq.kernels.cuda import warpgroup
+
+    tokens = 16
+    x = np.arange(tokens * 16).reshape(tokens, 16)  # half2 number i of a token's 32 k
+    tile = np.full(tokens * 16, -1)
+    for token in range(tokens):
+        for quarter in range(4):
+            at = warpgroup.place_in_tile(token, quarter)
+            tile[at : at + 4] = [x[token, warpgroup.source_of(quarter, j)] for j in range(4)]
+    assert sorted(tile) == sorted(x.ravel())
+    for step in range(2):
+        b = tensor_cores_b(tile, step)  # (token, half2 of 16 k)
+        for t in range(4):
+            # lane 4g + t holds k 8t .. 8t + 7: pairs 2 step and 2 step + 1 of these four meet in one product
+            assert np.array_equal(b[:, t], x[:, 4 * t + 2 * step])
+            assert np.array_equal(b[:, 4 + t], x[:, 4 * t + 2 * step + 1])
+
+
+def test_a_descriptor_is_the_manuals():
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
+    from tinygptq.kernels.cuda import hopper
+
+    bits = int(np.int64(hopper.describe(0x12345)).view(np.uint64))
+    assert bits & 0x3FFF == 0x12345 >> 4  # bits 0-13, the address
+    assert bits >> 32 & 0x3FFF == 512 >> 4  # bits 32-45, from eight columns to the next eight
+    assert bits >> 62 == 2  # swizzle 64 bytes

@@ -6,16 +6,25 @@ import numpy as np
 import pytest
 from cuda_layers import LAYER_NAMES, LAYERS, exact_product, fresh_generator, random_linear, random_rows, relative_error
 
-ROWS = (1, 17, 24, 32, 33, 64, 65, 200)
+ROWS = (1, 17, 24, 32, 33, 64, 65, 128, 129, 200, 300)
 
 
-@pytest.mark.parametrize("kernel", ["matmul", "dequantise"])
+def skip_unless_it_runs(kernel):
+    from tinygptq.kernels.cuda import dispatch
+    from tinygptq.kernels.cuda.runtime import capability
+
+    if kernel == "warpgroup" and capability() != dispatch.HOPPER:
+        pytest.skip(f"wgmma is Hopper's alone; this card has compute capability {capability()}")
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "warpgroup", "dequantise"])
 @pytest.mark.parametrize("layer", LAYERS, ids=LAYER_NAMES)
 def test_products_against_float64(layer, kernel):
     from tinygptq.kernels.cuda import dispatch
     from tinygptq.kernels.cuda.layout import to_device
     from tinygptq.kernels.cuda.runtime import cupy
 
+    skip_unless_it_runs(kernel)
     rng = fresh_generator()
     packed = random_linear(rng, *layer)
     device = to_device(packed)
@@ -65,15 +74,33 @@ def test_a_product_in_pieces(inner, columns, monkeypatch):
         assert relative_error(out.get(), exact_product(x, packed)) <= bound
 
 
-def test_infinity_stays_in_its_row():
+@pytest.mark.parametrize("kernel", ["matmul", "warpgroup"])
+def test_infinity_stays_in_its_row(kernel):
     from tinygptq.kernels.cuda import dispatch
     from tinygptq.kernels.cuda.layout import to_device
     from tinygptq.kernels.cuda.runtime import cupy
 
+    skip_unless_it_runs(kernel)
     rng = fresh_generator()
     packed = random_linear(rng, 4, 128, True, False, 160, 40)
     x = random_rows(rng, 20, 160)
     x[3, 5] = np.inf
-    found = dispatch.linear(cupy().asarray(x), to_device(packed), kernel="matmul").get()
+    found = dispatch.linear(cupy().asarray(x), to_device(packed), kernel=kernel).get()
     assert np.isfinite(np.delete(found, 3, axis=0)).all()
     assert not np.isfinite(found[3]).any()
+
+
+def test_many_tiles_at_once():
+    """More tiles than the card holds, more stages than there are slots, and every run gives the same."""
+    from tinygptq.kernels.cuda import dispatch
+    from tinygptq.kernels.cuda.layout import to_device
+    from tinygptq.kernels.cuda.runtime import cupy
+
+    skip_unless_it_runs("warpgroup")
+    rng = fresh_generator()
+    packed = random_linear(rng, 4, 128, False, True, 2080, 9000)
+    device, x = to_device(packed), cupy().asarray(random_rows(rng, 700, 2080))
+    first = dispatch.linear(x, device, kernel="warpgroup")
+    assert relative_error(first.get(), exact_product(x.get(), packed)) <= 2e-3
+    for _ in range(20):
+        assert bool((dispatch.linear(x, device, kernel="warpgroup") == first).all())

@@ -5,10 +5,14 @@
     17 - 192      matmul    unpacked in registers, tensor cores       dequantise
     193 -         dequantise to fp16, then a dense product (cuBLAS)   dequantise
 
-The lines on the left are where the next kernel became faster, measured on an H200 (scripts/bench/results): writing the
-weights out as fp16 takes as long as some 200 rows do, and pays when cuBLAS wins that back. The column on the right
-follows from what the kernels read; no such card was at hand. A group size that is no multiple of 32 goes to the plain
-kernel, whatever the rows.
+and of exactly 9.0 (Hopper)
+
+    65 - 1536     warpgroup     unpacked in registers beside the tensor cores' work, where the tiles keep the card busy
+
+The lines on the left are where the next kernel became faster, measured on an H200 and, for warpgroup, an H100
+(scripts/bench/results): writing the weights out as fp16 takes as long as some 200 rows do, and pays when cuBLAS wins that
+back. The column on the right follows from what the kernels read; no such card was at hand. A group size that is no multiple
+of 32 goes to the plain kernel, whatever the rows.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.kernels.cuda import dequantise, matmul, matvec, plain
+from tinygptq.kernels.cuda import dequantise, matmul, matvec, plain, warpgroup
 from tinygptq.kernels.cuda.activations import ring_bytes
 from tinygptq.kernels.cuda.cublas import Part, cublas
 from tinygptq.kernels.cuda.layout import COLUMNS, ROWS, DeviceLinear
@@ -26,16 +30,23 @@ from tinygptq.kernels.cuda.runtime import capability, cupy, multiprocessors
 
 MATVEC_ROWS = 16  # at most
 MATMUL_ROWS = 192
+WARPGROUP_ROWS = range(65, 1537)
 DEQUANTISED_BYTES = 64 << 20  # of weights that are fp16 at a time: enough to keep the card busy
 TENSOR_CORES = (8, 0)  # first capability with mma.m16n8k16 and cp.async
+HOPPER = (9, 0)  # the only one with wgmma
 
 
-def choose(capability: tuple[int, int], rows: int, group_size: int) -> str:
-    """The kernel for so many rows: "matvec", "matmul", "dequantise" or "plain"; see the table above."""
+def choose(capability: tuple[int, int], rows: int, columns: int, bits: int, group_size: int, multiprocessors: int) -> str:
+    """The kernel for x [rows, K] times W [K, columns]: "matvec", "matmul", "warpgroup", "dequantise" or "plain".
+
+    See the table above. Args: bits and group size of W; the card's compute capability, and its multiprocessors.
+    """
     if group_size % 32:
         return "plain"
     if rows <= MATVEC_ROWS:
         return "matvec" if capability >= TENSOR_CORES else "plain"
+    if capability == HOPPER and rows in WARPGROUP_ROWS and warpgroup.pays(rows, columns, bits, multiprocessors):
+        return "warpgroup"
     return "matmul" if rows <= MATMUL_ROWS and capability >= TENSOR_CORES else "dequantise"
 
 
@@ -71,7 +82,9 @@ def linear(
     cp = cupy()
     _check(x, layer, out)
     stream = stream or cp.cuda.get_current_stream()
-    kernel = kernel or choose(capability(), x.shape[0], layer.group_size)
+    if kernel is None:
+        sizes = x.shape[0], layer.out_features, layer.bits, layer.group_size
+        kernel = choose(capability(), *sizes, multiprocessors())
     with stream:
         if out is None:
             out = cp.empty((x.shape[0], layer.out_features), np.float16)
@@ -142,6 +155,18 @@ def _run_matmul(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
     sums, arrived = _sums_workspace(plan.sums), _arrived_workspace(2 * plan.tiles)
     groups = layer.scales.shape[1]
     kernel(plan.grid, matmul.THREADS, stream, x, *_words(layer), groups, plan.chunks_each, out, sums, arrived)
+
+
+def _run_warpgroup(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
+    (rows, inner), chunks = x.shape, layer.codes.shape[1]
+    grid, size = warpgroup.tile_grid(rows, inner)
+    tiles = _tiles_workspace(size)
+    warpgroup.tile_kernel()(grid, 4 * warpgroup.TOKENS, stream, x, 4 * chunks, tiles)
+    wide = {"wide_scales": layer.scales.dtype.itemsize == 4, "wide_out": out.dtype.itemsize == 4}
+    kernel = warpgroup.warpgroup_kernel(layer.bits, layer.group_size, layer.zero, **wide)
+    arguments = tiles.data.ptr, *_words(layer), layer.scales.shape[1], chunks, out
+    at_launch = {"dependent": True, "shared_bytes": warpgroup.SHARED_BYTES}
+    kernel(warpgroup.grid_of(*out.shape), warpgroup.THREADS, stream, *arguments, **at_launch)
 
 
 def _run_dequantise(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
@@ -216,6 +241,7 @@ class _Workspace:
 
 _x_workspace, _weight_workspace = _Workspace(np.float16), _Workspace(np.float16)
 _sums_workspace, _arrived_workspace = _Workspace(np.float32), _Workspace(np.int32)
+_tiles_workspace = _Workspace(np.uint32)
 
 
-KERNELS = {"matmul": _run_matmul, "dequantise": _run_dequantise, "plain": _run_plain}
+KERNELS = {"matmul": _run_matmul, "warpgroup": _run_warpgroup, "dequantise": _run_dequantise, "plain": _run_plain}

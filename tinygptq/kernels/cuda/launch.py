@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -35,12 +35,15 @@ class Kernel:
     Args:
         function: may call device functions and intrinsics, and close over them and over numbers and tuples of numbers.
         launch_bounds: (most threads in a block, fewest blocks that must fit on a multiprocessor), or the first alone.
+        specific: it uses instructions that cards of exactly this compute capability have, and no later ones (sm_90a).
 
     Arguments of a call are C-contiguous CuPy arrays, int (64 bits), NumPy scalars, and tuples of these.
     """
 
-    def __init__(self, function: Callable[..., None], launch_bounds: int | tuple[int, ...] | None = None) -> None:
-        self.function, self.launch_bounds = function, launch_bounds
+    def __init__(
+        self, function: Callable[..., None], launch_bounds: int | tuple[int, ...] | None = None, specific: bool = False
+    ) -> None:
+        self.function, self.launch_bounds, self.specific = function, launch_bounds, specific
         self._loaded: dict[tuple, Any] = {}  # kinds of arguments -> cuda.core's Kernel
         self._allowed: dict[tuple, int] = {}  # ... -> dynamic shared memory that it may have, in bytes
 
@@ -81,7 +84,8 @@ class Kernel:
             self.function, types.void(*signature), cc=capability, output="ptx", device=False, abi="numba",
             launch_bounds=self.launch_bounds,
         )  # fmt: skip
-        return text
+        target = architecture(capability)
+        return text.replace(f".target {target}", f".target {target}a", 1) if self.specific else text
 
     def _kernel(self, kinds: tuple) -> Any:
         kernel = self._loaded.get(kinds)
@@ -97,7 +101,7 @@ class Kernel:
         try:
             code = path.read_bytes()
         except OSError:
-            code = assemble(self.ptx(signature, card), card)
+            code = assemble(self.ptx(signature, card), card, self.specific)
             _keep(path, code)
         entry = self._entry(code)
         return ObjectCode.from_cubin(code).get_kernel(entry)
@@ -113,6 +117,7 @@ class Kernel:
         parts = (
             _describe(self.function, seen),
             self.launch_bounds,
+            self.specific,
             [str(kind) for kind in signature],
             card,
             _surroundings(),
@@ -120,11 +125,16 @@ class Kernel:
         return f"{self.function.__name__}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
 
 
-def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
-    """PTX text to machine code (a cubin); needs no GPU."""
+def assemble(ptx: str, capability: tuple[int, int], specific: bool = False, log: IO[str] | None = None) -> bytes:
+    """PTX text to machine code (a cubin); needs no GPU. What the assembler says goes to ``log``."""
     from cuda.core import Program, ProgramOptions
 
-    return bytes(Program(ptx, "ptx", ProgramOptions(arch=f"sm_{capability[0]}{capability[1]}")).compile("cubin").code)
+    options = ProgramOptions(arch=architecture(capability) + "a" * specific)
+    return bytes(Program(ptx, "ptx", options).compile("cubin", logs=log).code)
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    return f"sm_{capability[0]}{capability[1]}"
 
 
 # ---------------------------------------------------------------------------------------------- kinds of arguments
