@@ -165,14 +165,15 @@ class Case:
     def measure(self, rows: int) -> dict[str, Any]:
         """Check one product, and time it."""
         from tinygptq.kernels.cuda import dispatch
-        from tinygptq.kernels.cuda.runtime import capability
+        from tinygptq.kernels.cuda.runtime import capability, multiprocessors
 
         layer, (host, x, out) = self.layers[0], self.product(rows)
+        sizes = layer.out_features, layer.bits, layer.group_size
         result = {
             "k": layer.in_features,
             "n": layer.out_features,
             "rows": rows,
-            "kernel": dispatch.choose(capability(), rows, layer.group_size),
+            "kernel": dispatch.choose(capability(), rows, *sizes, multiprocessors()),
             "bytes": layer.nbytes + x.nbytes + out.nbytes,
             "relative_error": relative_error(host, self.packed, out.get()),
         }
@@ -257,14 +258,14 @@ def print_table(record: dict[str, Any]) -> None:
     print("each cell: us, fraction of the copy bandwidth, cuBLAS fp16's time over ours; in brackets us and fraction with")
     print("programmatic dependent launch; the last column the largest error\n")
     shapes = "".join(f"{f'{k}x{n}':>33}" for k, n in SHAPES)
-    print(f"{'variant':24}{'rows':>5} {'kernel':11}{shapes}")
+    print(f"{'variant':24}{'rows':>5} {'kernel':21}{shapes}")
     for variant in dict.fromkeys(r["variant"] for r in results):
         for rows in dict.fromkeys(r["rows"] for r in results):
             cells = {(r["k"], r["n"]): r for r in results if (r["variant"], r["rows"]) == (variant, rows)}
             line = "".join(cell(cells.get(shape), cublas[(*shape, rows)]) for shape in SHAPES)
-            kernel = next((c.get("kernel", "") for c in cells.values()), "")
+            kernel = "/".join(dict.fromkeys(c.get("kernel", "") for c in cells.values()))
             error = max((c.get("relative_error", 0) for c in cells.values()), default=0)
-            print(f"{variant:24}{rows:5} {kernel:11}{line}{f'  {error:.1e}' if error else ''}")
+            print(f"{variant:24}{rows:5} {kernel:21}{line}{f'  {error:.1e}' if error else ''}")
 
 
 def plot(record: dict[str, Any], path: Path) -> None:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -125,12 +125,12 @@ class Kernel:
         return f"{self.function.__name__}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
 
 
-def assemble(ptx: str, capability: tuple[int, int], specific: bool = False, log: IO[str] | None = None) -> bytes:
-    """PTX text to machine code (a cubin); needs no GPU. What the assembler says goes to ``log``."""
+def assemble(ptx: str, capability: tuple[int, int], specific: bool = False) -> bytes:
+    """PTX text to machine code (a cubin); needs no GPU."""
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(arch=architecture(capability) + "a" * specific)
-    return bytes(Program(ptx, "ptx", options).compile("cubin", logs=log).code)
+    return bytes(Program(ptx, "ptx", options).compile("cubin").code)
 
 
 def architecture(capability: tuple[int, int]) -> str:
