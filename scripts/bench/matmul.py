@@ -168,7 +168,7 @@ class Case:
         from tinygptq.kernels.cuda.runtime import capability, multiprocessors
 
         layer, (host, x, out) = self.layers[0], self.product(rows)
-        sizes = layer.out_features, layer.bits, layer.group_size
+        sizes = layer.in_features, layer.out_features, layer.bits, layer.group_size
         result = {
             "k": layer.in_features,
             "n": layer.out_features,

@@ -82,7 +82,7 @@ def test_matmul(capability, bits, group_size, zero, row_tiles):
 def test_warpgroup(bits, group_size, zero, wide):
     kernel = warpgroup.warpgroup_kernel(bits, group_size, zero, wide_scales=wide, wide_out=wide)
     y = types.Array(types.float32, 2, "C") if wide else ROWS
-    numbers = types.int64, types.int64
+    numbers = (types.int64,) * 4
     ptx = kernel.ptx((types.int64, WORDS, WORDS, WORDS, *numbers, y), (9, 0))
     assert ".target sm_90a" in ptx
     assert count(ptx, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16") == 4 * 4  # units, and steps for two tiles
@@ -102,6 +102,11 @@ def what_the_assembler_says(ptx: str) -> str:
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch="sm_90a", verbose=True))
     linker.link("cubin")
     return linker.get_info_log()
+
+
+def test_sums_of_splits():
+    ptx = to_ptx(warpgroup.sum_kernel(False), (FLOATS, types.int64, ROWS), (9, 0))
+    assert count(ptx, "ld.global.cg.v4.u32") >= 2 and count(ptx, "st.global.v2.u32") == 1
 
 
 def test_tiles_of_x():

@@ -67,12 +67,12 @@ def test_the_name_lent_to_numba_cuda_is_taken_back():
         ((8, 6), 17, 4, 32, 4096, "matmul"),
         ((9, 0), 64, 4, 128, 22016, "matmul"),
         ((9, 0), 65, 4, 128, 22016, "warpgroup"),
-        ((9, 0), 65, 4, 128, 4096, "matmul"),  # too few tiles
+        ((9, 0), 65, 4, 128, 64, "matmul"),  # too few tiles
         ((8, 9), 65, 4, 128, 22016, "matmul"),
         ((12, 0), 512, 4, 128, 22016, "dequantise"),  # a newer card has no wgmma
         ((9, 0), 256, 4, 4096, 4096, "warpgroup"),
         ((9, 0), 193, 4, 128, 64, "dequantise"),
-        ((9, 0), 512, 8, 128, 4096, "dequantise"),
+        ((9, 0), 513, 8, 128, 4096, "dequantise"),
         ((9, 0), 512, 8, 128, 22016, "warpgroup"),
         ((9, 0), 1024, 4, 128, 4096, "warpgroup"),
         ((9, 0), 1536, 4, 128, 4096, "dequantise"),  # the last round would be half empty
@@ -87,7 +87,7 @@ def test_the_choice_of_kernel(capability, rows, bits, group_size, columns, expec
     pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
     from tinygptq.kernels.cuda import dispatch
 
-    assert dispatch.choose(capability, rows, columns, bits, group_size, multiprocessors=132) == expected
+    assert dispatch.choose(capability, rows, 4096, columns, bits, group_size, multiprocessors=132) == expected
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,23 @@ def test_infinity_stays_in_its_row(kernel):
     assert not np.isfinite(found[3]).any()
 
 
+def test_splits_of_warpgroups(monkeypatch):
+    from tinygptq.kernels.cuda import dispatch, warpgroup
+    from tinygptq.kernels.cuda.layout import to_device
+    from tinygptq.kernels.cuda.runtime import cupy
+
+    skip_unless_it_runs("warpgroup")
+    rng = fresh_generator()
+    packed = random_linear(rng, 3, 96, False, True, 1440, 136)
+    device, x = to_device(packed), cupy().asarray(random_rows(rng, 150, 1440))
+    exact = exact_product(x.get(), packed)
+    for each in (1, 2, 5, 11, 12):  # of 12 chunks, the last of them short
+        monkeypatch.setattr(warpgroup, "split_of", lambda *sizes, each=each: each)
+        for dtype in (np.float16, np.float32):
+            out = cupy().full((150, 136), np.nan, dtype)
+            assert relative_error(dispatch.linear(x, device, out, kernel="warpgroup").get(), exact) <= 2e-3, (each, dtype)
+
+
 def test_many_tiles_at_once():
     """More tiles than the card holds, more stages than there are slots, and every run gives the same."""
     from tinygptq.kernels.cuda import dispatch

@@ -36,8 +36,10 @@ TENSOR_CORES = (8, 0)  # first capability with mma.m16n8k16 and cp.async
 HOPPER = (9, 0)  # the only one with wgmma
 
 
-def choose(capability: tuple[int, int], rows: int, columns: int, bits: int, group_size: int, multiprocessors: int) -> str:
-    """The kernel for x [rows, K] times W [K, columns]: "matvec", "matmul", "warpgroup", "dequantise" or "plain".
+def choose(
+    capability: tuple[int, int], rows: int, inner: int, columns: int, bits: int, group_size: int, multiprocessors: int
+) -> str:
+    """The kernel for x [rows, inner] times W [inner, columns]: "matvec", "matmul", "warpgroup", "dequantise" or "plain".
 
     See the table above. Args: bits and group size of W; the card's compute capability, and its multiprocessors.
     """
@@ -45,7 +47,7 @@ def choose(capability: tuple[int, int], rows: int, columns: int, bits: int, grou
         return "plain"
     if rows <= MATVEC_ROWS:
         return "matvec" if capability >= TENSOR_CORES else "plain"
-    if capability == HOPPER and rows in WARPGROUP_ROWS and warpgroup.pays(rows, columns, bits, multiprocessors):
+    if capability == HOPPER and rows in WARPGROUP_ROWS and warpgroup.pays(rows, columns, inner, bits, multiprocessors):
         return "warpgroup"
     return "matmul" if rows <= MATMUL_ROWS and capability >= TENSOR_CORES else "dequantise"
 
@@ -83,7 +85,7 @@ def linear(
     _check(x, layer, out)
     stream = stream or cp.cuda.get_current_stream()
     if kernel is None:
-        sizes = x.shape[0], layer.out_features, layer.bits, layer.group_size
+        sizes = *x.shape, layer.out_features, layer.bits, layer.group_size
         kernel = choose(capability(), *sizes, multiprocessors())
     with stream:
         if out is None:
@@ -158,15 +160,21 @@ def _run_matmul(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
 
 
 def _run_warpgroup(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
-    (rows, inner), chunks = x.shape, layer.codes.shape[1]
+    (rows, inner), columns, chunks = x.shape, layer.out_features, layer.codes.shape[1]
     grid, size = warpgroup.tile_grid(rows, inner)
     tiles = _tiles_workspace(size)
     warpgroup.tile_kernel()(grid, 4 * warpgroup.TOKENS, stream, x, 4 * chunks, tiles)
-    wide = {"wide_scales": layer.scales.dtype.itemsize == 4, "wide_out": out.dtype.itemsize == 4}
+    each = warpgroup.split_of(rows, columns, inner, layer.bits, multiprocessors())
+    splits = -(-chunks // each)
+    y = out if splits == 1 else _sums_workspace(splits * out.size).reshape(splits * rows, columns)
+    wide = {"wide_scales": layer.scales.dtype.itemsize == 4, "wide_out": y.dtype.itemsize == 4}
     kernel = warpgroup.warpgroup_kernel(layer.bits, layer.group_size, layer.zero, **wide)
-    arguments = tiles.data.ptr, *_words(layer), layer.scales.shape[1], chunks, out
+    arguments = tiles.data.ptr, *_words(layer), layer.scales.shape[1], chunks, each, rows, y
     at_launch = {"dependent": True, "shared_bytes": warpgroup.SHARED_BYTES}
-    kernel(warpgroup.grid_of(*out.shape), warpgroup.THREADS, stream, *arguments, **at_launch)
+    kernel((*warpgroup.grid_of(rows, columns), splits), warpgroup.THREADS, stream, *arguments, **at_launch)
+    if splits > 1:
+        add, grid_of_sum = warpgroup.sum_kernel(out.dtype.itemsize == 4), warpgroup.sum_grid(out.size)
+        add(grid_of_sum, warpgroup.SUM_THREADS, stream, y.reshape(-1), splits, out, dependent=True)
 
 
 def _run_dequantise(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:

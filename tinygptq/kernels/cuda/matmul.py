@@ -289,6 +289,7 @@ class Plan:
         return self.tiles * self.grid[2] * self.row_tiles * 8 * THREADS if self.grid[2] > 1 else 1
 
 
+@functools.lru_cache(maxsize=4096)
 def plan(rows: int, columns: int, inner: int, multiprocessors: int) -> Plan:
     """Tiles of y, and K divided so that the busiest multiprocessor is done first.
 

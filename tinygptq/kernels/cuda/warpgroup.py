@@ -20,7 +20,16 @@ from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.layout import COLUMNS as STRIP
 from tinygptq.kernels.cuda.layout import ROWS as CHUNK
 from tinygptq.kernels.cuda.matmul import _store_row
-from tinygptq.kernels.cuda.ptx import load_words, mul_half2, store_16_bytes
+from tinygptq.kernels.cuda.ptx import (
+    bits_from_float,
+    float_from_bits,
+    half2_from_floats,
+    load_16_bytes,
+    load_words,
+    mul_half2,
+    store_8_bytes,
+    store_16_bytes,
+)
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.steps import wait_for_dependencies
 from tinygptq.kernels.cuda.streams import load_stream_pieces
@@ -36,6 +45,9 @@ STAGES = 6  # slots for stages; two blocks of a multiprocessor share its memory
 FULL, FREE = STAGES * STAGE_BYTES, STAGES * (STAGE_BYTES + 8)  # where the barriers are: of a stage that is there, of a slot
 SHARED_BYTES = STAGES * (STAGE_BYTES + 16)
 RESIDENT = 2  # blocks on a multiprocessor
+ALONE, PAIRED = (0.9, 1.45), (1.55, 1.8)  # microseconds a chunk takes one block, or two together, on an H100; with 8 bits
+SUM_BEGINS, SUMMED = 2, 350_000  # microseconds before splits are summed, and numbers summed in one
+SUM_THREADS, MOST_SPLITS = 256, 8
 FEW_ROWS = 512  # up to here whatever else there is takes much longer
 UNITS_EACH = 4  # that a thread of the tile kernel writes a piece of
 NO_SUMS = (np.float32(0),) * SUMS
@@ -96,11 +108,12 @@ def tile_grid(rows: int, inner: int) -> tuple[tuple[int, int], int]:
 
 @functools.cache
 def warpgroup_kernel(bits: int, group_size: int, zero: int | None, *, wide_scales: bool = False, wide_out: bool = False):
-    """The kernel ``(tiles, codes, scales, zeros, groups, chunks, y)`` that writes ``y = x @ W``.
+    """The kernel ``(tiles, codes, scales, zeros, groups, chunks, chunks_each, rows, y)`` that writes ``y = x @ W``.
 
     Args: as :func:`~.matmul.matmul_kernel`'s; ``tiles`` is the address of what :func:`tile_kernel` wrote, ``chunks`` the
-        second axis of the codes.
-    Grid :func:`grid_of`, block THREADS, dynamic shared memory SHARED_BYTES. It may begin while the tile kernel still runs.
+        second axis of the codes; y is [splits * rows, N], what the splits of K contribute one below the other.
+    Grid (*:func:`grid_of`, splits), block THREADS, dynamic shared memory SHARED_BYTES. It may begin while the tile kernel
+    still runs.
     """
     load_codes = load_stream_pieces(bits)
     fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
@@ -134,18 +147,19 @@ def warpgroup_kernel(bits: int, group_size: int, zero: int | None, *, wide_scale
             copy_stage_if(wanted, to, source + STAGE_BYTES * (stage - 2 + STAGES), base + FULL + 8 * old)
         return (slot + 1) % STAGES, parity ^ np.int64(slot == STAGES - 1)
 
-    def warpgroup_matmul(tiles, codes, scales, zeros, groups, chunks, y):
+    def warpgroup_matmul(tiles, codes, scales, zeros, groups, chunks, chunks_each, rows, y):
         shared = cuda.shared.array(0, np.uint32)
         even_sums, odd_sums = cuda.local.array(SUMS, np.float32), cuda.local.array(SUMS, np.float32)
         lane, warp = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32
         strip = min(cuda.blockIdx.y * WARPS + warp, (y.shape[1] + STRIP - 1) // STRIP - 1)
-        first_row, stages = cuda.blockIdx.x * TOKENS, 2 * chunks
+        first = cuda.blockIdx.z * chunks_each
+        last = min(first + chunks_each, chunks)  # this block's chunks: first <= chunk < last
         table, base = strip * groups * STRIP + 4 * (lane // 4), hopper.place_of_shared(shared)
-        source = tiles + STAGE_BYTES * np.int64(stages) * cuda.blockIdx.x
+        source, stages = tiles + 2 * STAGE_BYTES * (np.int64(chunks) * cuda.blockIdx.x + first), 2 * (last - first)
         matrix = _describe(base)
 
-        words = load_codes(codes, strip * chunks * bits * 128 + 4 * lane)
-        scale, offset = fetch_tables(scales, zeros, table, 0)
+        words = load_codes(codes, (strip * chunks + first) * bits * 128 + 4 * lane)
+        scale, offset = fetch_tables(scales, zeros, table, first)
         if cuda.threadIdx.x == 0:
             for slot in range(STAGES):
                 hopper.make_barrier(base + FULL + 8 * slot, 1)
@@ -157,8 +171,8 @@ def warpgroup_kernel(bits: int, group_size: int, zero: int | None, *, wide_scale
             for slot in range(min(STAGES, stages)):
                 copy_stage_if(1, base + STAGE_BYTES * slot, source + STAGE_BYTES * slot, base + FULL + 8 * slot)
         even, odd, slot, parity = NO_SUMS, NO_SUMS, np.int64(0), np.int64(0)
-        for chunk in range(chunks):
-            after, stage = min(chunk + 1, chunks - 1), 2 * chunk
+        for chunk in range(first, last):
+            after, stage = min(chunk + 1, last - 1), 2 * (chunk - first)
             next_words = load_codes(codes, (strip * chunks + after) * bits * 128 + 4 * lane)
             next_scale, next_offset = fetch_tables(scales, zeros, table, after)
 
@@ -176,7 +190,7 @@ def warpgroup_kernel(bits: int, group_size: int, zero: int | None, *, wide_scale
 
         hopper.spread_sums(even_sums, hopper.finished(even))
         hopper.spread_sums(odd_sums, hopper.finished(odd))
-        _store(even_sums, odd_sums, wide_out, y, first_row, cuda.blockIdx.y * WARPS + warp, lane)
+        _store(even_sums, odd_sums, wide_out, y, rows, cuda.blockIdx.y * WARPS + warp, lane)
 
     return Kernel(warpgroup_matmul, (THREADS, RESIDENT), specific=True)
 
@@ -208,12 +222,51 @@ def _fragments(bits, zero, unit, wide_scales):
 
 
 @device_function
-def _store(even, odd, wide, y, first_row, strip, lane):
+def _store(even, odd, wide, y, rows, strip, lane):
     """A warp's sums to y: lane 4g + t holds columns 4g .. 4g+3 of rows 8j + 2t and 8j + 2t + 1."""
+    nowhere = y.shape[0]
     for j in range(TOKENS // 8):
-        row = first_row + 8 * j + 2 * (lane % 4)
-        _store_row(y, wide, row, strip, lane, even[4 * j], even[4 * j + 2], odd[4 * j], odd[4 * j + 2])
-        _store_row(y, wide, row + 1, strip, lane, even[4 * j + 1], even[4 * j + 3], odd[4 * j + 1], odd[4 * j + 3])
+        row = cuda.blockIdx.x * TOKENS + 8 * j + 2 * (lane % 4)
+        place = cuda.blockIdx.z * rows + row
+        above, below = place if row < rows else nowhere, place + 1 if row + 1 < rows else nowhere
+        _store_row(y, wide, above, strip, lane, even[4 * j], even[4 * j + 2], odd[4 * j], odd[4 * j + 2])
+        _store_row(y, wide, below, strip, lane, even[4 * j + 1], even[4 * j + 3], odd[4 * j + 1], odd[4 * j + 3])
+
+
+@device_function
+def _four_floats(array, index):
+    words = load_16_bytes(array, index)
+    return float_from_bits(words[0]), float_from_bits(words[1]), float_from_bits(words[2]), float_from_bits(words[3])
+
+
+@functools.cache
+def sum_kernel(wide_out: bool):
+    """The kernel ``(parts, splits, y)``: y is the sum of so many float32 arrays of its size, one after the other in parts.
+
+    Grid :func:`sum_grid`, block SUM_THREADS.
+    """
+
+    def sum_splits(parts, splits, y):
+        wait_for_dependencies()
+        at = 4 * (np.int64(cuda.blockIdx.x) * SUM_THREADS + cuda.threadIdx.x)
+        if at < y.size:
+            a, b, c, d = _four_floats(parts, at)
+            for split in range(1, splits):
+                e, f, g, h = _four_floats(parts, at + split * y.size)
+                a, b, c, d = a + e, b + f, c + g, d + h
+            if wide_out:
+                store_16_bytes(y, at, (bits_from_float(a), bits_from_float(b), bits_from_float(c), bits_from_float(d)))
+            else:
+                store_8_bytes(y, at, (half2_from_floats(a, b), half2_from_floats(c, d)))
+
+    return Kernel(sum_splits, SUM_THREADS)
+
+
+def sum_grid(size: int) -> int:
+    return -(-size // (4 * SUM_THREADS))
+
+
+# ------------------------------------------------------------------------------------------ how it is divided
 
 
 def grid_of(rows: int, columns: int) -> tuple[int, int]:
@@ -221,15 +274,26 @@ def grid_of(rows: int, columns: int) -> tuple[int, int]:
     return -(-rows // TOKENS), -(-columns // (STRIP * WARPS))
 
 
-def pays(rows: int, columns: int, bits: int, multiprocessors: int) -> bool:
-    """Whether the tiles of y keep the card busy: enough of them for so few rows, and for many no half-empty last round.
+@functools.lru_cache(maxsize=4096)
+def split_of(rows: int, columns: int, inner: int, bits: int, multiprocessors: int) -> int:
+    """Chunks of one split of K, so that few tiles fill the card too: the least estimated time."""
+    token_tiles, column_tiles = grid_of(rows, columns)
+    chunks, tiles = -(-inner // CHUNK), token_tiles * column_tiles
 
-    8-bit words come too slowly for a block that has a multiprocessor to itself.
-    """
+    def microseconds(each: int) -> float:
+        splits = -(-chunks // each)
+        rounds = -(-tiles * splits // (RESIDENT * multiprocessors))
+        chunk = ALONE[bits == 8] if tiles * splits <= multiprocessors else rounds * PAIRED[bits == 8]
+        return chunk * each + (splits > 1) * (SUM_BEGINS + splits * rows * columns / SUMMED)
+
+    return min(range(-(-chunks // MOST_SPLITS), chunks + 1), key=microseconds)
+
+
+def pays(rows: int, columns: int, inner: int, bits: int, multiprocessors: int) -> bool:
+    """Whether the tiles of y keep the card busy: enough of them for so few rows, and for many no half-empty last round."""
     token_tiles, column_tiles = grid_of(rows, columns)
     tiles, at_once = token_tiles * column_tiles, RESIDENT * multiprocessors
-    if bits == 8:
-        return rows <= FEW_ROWS and tiles > multiprocessors
     if rows <= FEW_ROWS:
-        return 2 * tiles >= 0.95 * multiprocessors
-    return tiles >= 0.9 * at_once * -(-tiles // at_once)
+        chunks = -(-inner // CHUNK)
+        return 2 * tiles * -(-chunks // split_of(rows, columns, inner, bits, multiprocessors)) >= 0.95 * multiprocessors
+    return bits < 8 and tiles >= 0.9 * at_once * -(-tiles // at_once)
