@@ -177,6 +177,11 @@ def _run(plan, fetch, copy, take, multiply_chunk, tile_rows):
         return multiply_chunk(total, weights, take(shared, place, slot))
 
     @device_function
+    def refill(shared, place, x, chunk, chunks, slot):
+        cuda.syncwarp()  # every lane has read what the slot holds
+        copy(shared, place, x, chunk, chunks, slot)
+
+    @device_function
     def short(source, a, shared, place, x, warp, chunks):
         after = np.int32(warp + warps)
         b = fetch(source, after if after < chunks else warp)
@@ -194,7 +199,7 @@ def _run(plan, fetch, copy, take, multiply_chunk, tile_rows):
             total = multiply(total, a, shared, place, slot)
             if chunk < chunks:
                 a = fetch(source, chunk)
-            copy(shared, place, x, np.int32(chunk + warps), chunks, slot)
+            refill(shared, place, x, np.int32(chunk + warps), chunks, slot)
             slot = np.int32(1 - slot)
         return total
 
@@ -208,14 +213,14 @@ def _run(plan, fetch, copy, take, multiply_chunk, tile_rows):
             total = multiply(total, a, shared, place, 0)
             if chunk < chunks:
                 a = fetch(source, chunk)
-            copy(shared, place, x, chunk, chunks, 0)
+            refill(shared, place, x, chunk, chunks, 0)
             if after < chunks:
                 after = np.int32(chunk + warps)
                 copy_async_wait(1)
                 total = multiply(total, b, shared, place, 1)
                 if after < chunks:
                     b = fetch(source, after)
-                copy(shared, place, x, after, chunks, 1)
+                refill(shared, place, x, after, chunks, 1)
         return total
 
     return short if plan.short else one_set if plan.sets == 1 else two_sets
