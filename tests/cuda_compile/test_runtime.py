@@ -87,7 +87,11 @@ def test_the_choice_of_kernel(capability, rows, bits, group_size, columns, expec
     pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
     from tinygptq.kernels.cuda import dispatch
 
-    assert dispatch.choose(capability, rows, 4096, columns, bits, group_size, multiprocessors=132) == expected
+    sizes = rows, 4096, columns, bits, group_size
+    assert dispatch.choose(capability, *sizes, multiprocessors=132) == expected
+    if expected == "warpgroup":
+        few = dispatch.choose(capability, *sizes, multiprocessors=132, few_launches=True)
+        assert few == ("matmul" if rows <= dispatch.MATMUL_ROWS else "dequantise")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ log = logging.getLogger("tinygptq")
 
 TURN = 16  # columns of gate, then as many of up
 ALIGNED = 32  # in_features and group sizes that the packed kernels serve are multiples of it
+LAUNCH_BOUND = 385  # tokens below which a prompt waits for the host's launches, some 11 a block, and not for the card
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ def multiply(x: Any, product: Product, out: Any, stream: Any, *, gathered: bool 
     ``gathered``: x's columns are in the order of the product's rows already.
     """
     if not isinstance(product, DeviceDense):
-        return dispatch.linear(x, product, out, stream, gathered=gathered)
+        return dispatch.linear(x, product, out, stream, gathered=gathered, few_launches=len(x) < LAUNCH_BOUND)
     cublas().multiply_transposed(x, product.weight, out, stream.ptr)
     if product.bias is not None:
         plain.add_bias(-(-out.size // 256), 256, stream, out, product.bias)

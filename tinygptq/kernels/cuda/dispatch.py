@@ -17,6 +17,7 @@ of 32 goes to the plain kernel, whatever the rows.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -37,17 +38,20 @@ HOPPER = (9, 0)  # the only one with wgmma
 
 
 def choose(
-    capability: tuple[int, int], rows: int, inner: int, columns: int, bits: int, group_size: int, multiprocessors: int
-) -> str:
+    capability: tuple[int, int], rows: int, inner: int, columns: int, bits: int, group_size: int, multiprocessors: int,
+    few_launches: bool = False,
+) -> str:  # fmt: skip
     """The kernel for x [rows, inner] times W [inner, columns]: "matvec", "matmul", "warpgroup", "dequantise" or "plain".
 
-    See the table above. Args: bits and group size of W; the card's compute capability, and its multiprocessors.
+    See the table above. Args: bits and group size of W; the card's compute capability, and its multiprocessors;
+    few_launches: see :func:`linear`.
     """
     if group_size % 32:
         return "plain"
     if rows <= MATVEC_ROWS:
         return "matvec" if capability >= TENSOR_CORES else "plain"
-    if capability == HOPPER and rows in WARPGROUP_ROWS and warpgroup.pays(rows, columns, inner, bits, multiprocessors):
+    hopper = capability == HOPPER and rows in WARPGROUP_ROWS and not few_launches
+    if hopper and warpgroup.pays(rows, columns, inner, bits, multiprocessors):
         return "warpgroup"
     return "matmul" if rows <= MATMUL_ROWS and capability >= TENSOR_CORES else "dequantise"
 
@@ -61,6 +65,7 @@ def linear(
     gathered: bool = False,
     kernel: str | None = None,
     dependent: bool = False,
+    few_launches: bool = False,
 ) -> Any:
     """``x @ W + bias``.
 
@@ -74,6 +79,8 @@ def linear(
             else they are in the model's order, and an act-order layer costs one small kernel more.
         kernel: one of :func:`choose`'s names instead of its choice.
         dependent: a matvec may begin early: see :func:`multiply_rows`.
+        few_launches: rather a kernel that takes longer than one that needs others before and after it: for work that the
+            card does faster than the host asks for it.
 
     Returns:
         ``out``.
@@ -86,7 +93,7 @@ def linear(
     stream = stream or cp.cuda.get_current_stream()
     if kernel is None:
         sizes = *x.shape, layer.out_features, layer.bits, layer.group_size
-        kernel = choose(capability(), *sizes, multiprocessors())
+        kernel = choose(capability(), *sizes, multiprocessors(), few_launches)
     with stream:
         if out is None:
             out = cp.empty((x.shape[0], layer.out_features), np.float16)
@@ -216,10 +223,16 @@ def dequantised(
     return weight
 
 
+_flat: weakref.WeakKeyDictionary[DeviceLinear, tuple[Any, Any, Any]] = weakref.WeakKeyDictionary()
+
+
 def _words(layer: DeviceLinear) -> tuple[Any, Any, Any]:
-    """Codes, scales and zeros, flat, as 32-bit words."""
-    scales = layer.scales.reshape(-1).view(np.uint32)
-    return layer.codes.reshape(-1), scales, scales if layer.zeros is None else layer.zeros.reshape(-1).view(np.uint32)
+    """Codes, scales and zeros, flat, as 32-bit words: made once, since views take as long as a launch."""
+    if layer not in _flat:
+        scales = layer.scales.reshape(-1).view(np.uint32)
+        zeros = scales if layer.zeros is None else layer.zeros.reshape(-1).view(np.uint32)
+        _flat[layer] = layer.codes.reshape(-1), scales, zeros
+    return _flat[layer]
 
 
 def gather(x: Any, perm: Any, out: Any, stream: Any) -> Any:
