@@ -61,17 +61,17 @@ def gram(x: np.ndarray) -> np.ndarray:
 
     The sum's order is that of the rows, whichever thread is done first; it does depend on the number of threads.
     """
+    return total(x.shape[0], x.size * x.shape[1] // 2, lambda rows: x[rows].T @ x[rows])
+
+
+def total(rows: int, work: int, part: Callable[[slice], np.ndarray]) -> np.ndarray:
+    """The sum of what ``part`` gives for slices that cover ``rows``, at once, in their order; see :func:`share`."""
     parts: dict[int, np.ndarray] = {}
 
-    def part(rows: slice) -> None:
-        parts[rows.start] = x[rows].T @ x[rows]
+    def keep(some: slice) -> None:
+        parts[some.start] = part(some)
 
-    share(x.shape[0], x.size * x.shape[1] // 2, part)
-    return in_order(parts)
-
-
-def in_order(parts: dict[int, np.ndarray]) -> np.ndarray:
-    """The sum of arrays of one shape in the order of their keys; it takes the first one's memory."""
+    share(rows, work, keep)
     ordered = [parts[start] for start in sorted(parts)]
     return functools.reduce(lambda total, part: np.add(total, part, out=total), ordered)
 

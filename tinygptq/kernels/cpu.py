@@ -290,16 +290,14 @@ def gram(x: np.ndarray) -> np.ndarray:
         return threads.gram(x)
     x, width = np.ascontiguousarray(x), x.shape[1]
     high, wide = -(-width // HEIGHT) * HEIGHT, -(-width // COLUMNS) * COLUMNS
-    parts: dict[int, np.ndarray] = {}
 
-    def part(some: slice) -> None:
+    def part(some: slice) -> np.ndarray:
         out, room = _aligned(high, wide), _room(LONG * (width + 2 * GRAM_COLUMNS))
         job = (x[some], x.strides[0], some.stop - some.start, width, out, out.strides[0], room)
         cpu_launch.run_here(cpu_launch.GRAM, slice(0, 1), *job)
-        parts[some.start] = out[:width, :width]
+        return out[:width, :width]
 
-    threads.share(len(x), x.size * width // 2, part)
-    return threads.in_order(parts)
+    return threads.total(len(x), x.size * width // 2, part)
 
 
 def widened(layer: DenseLinear) -> np.ndarray:

@@ -24,8 +24,8 @@ from tinygptq.kernels.simd import get
 log = logging.getLogger("tinygptq")
 
 # What a job does; its other numbers are named where they are read
-DECODE, REPACK, INTEGERS, TILES, DEQUANTIZE, WIDEN, RMS_NORM, SWIGLU, ROPE, LAY_OUT, ATTEND = range(11)
-PRODUCT, GRAM = range(11, 13)
+DECODE, REPACK, INTEGERS, TILES, DEQUANTIZE, WIDEN = range(6)
+RMS_NORM, SWIGLU, ROPE, LAY_OUT, ATTEND, PRODUCT, GRAM = range(6, 13)
 
 
 def run(op: int, parts: int, *numbers: int | np.ndarray, number: float = 0.0) -> None:

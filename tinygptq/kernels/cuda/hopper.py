@@ -24,6 +24,7 @@ from llvmlite import ir
 from tinygptq.kernels.cuda.ptx import F32, I32, I64, SHARED, U32X4, _address, _assembly, _pack, _unpack, intrinsic, types
 
 COLUMNS = 128  # of B and C
+EIGHT_COLUMNS = 8 * 64  # bytes of B from eight columns to the next eight
 SUMS = COLUMNS // 2  # numbers of C in a lane
 F32X64 = types.UniTuple(types.float32, SUMS)
 WAIT = "mbarrier.try_wait.parity.shared::cta.b64"
@@ -130,12 +131,12 @@ def place_of_shared(typingctx, array):
     return types.int64(array), generate
 
 
-def describe(place, row_groups=32):
+def describe(place):
     """B's descriptor: its place and the distance of eight columns, both in units of 16 bytes; swizzle 64 bytes.
 
     Adding ``bytes // 16`` to a descriptor moves the matrix. Plain integers, for compiled code and for NumPy alike.
     """
-    return ((place & 0x3FFFF) >> 4) | (1 << 16) | (row_groups << 32) | (-1 << 63)
+    return ((place & 0x3FFFF) >> 4) | (1 << 16) | (EIGHT_COLUMNS // 16 << 32) | (-1 << 63)
 
 
 def _on_places(text: str, constraints: str, kinds: str):

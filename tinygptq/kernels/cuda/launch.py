@@ -134,6 +134,7 @@ def assemble(ptx: str, capability: tuple[int, int], specific: bool = False) -> b
 
 
 def architecture(capability: tuple[int, int]) -> str:
+    """What compilers call a compute capability: (9, 0) is sm_90."""
     return f"sm_{capability[0]}{capability[1]}"
 
 

@@ -20,27 +20,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinygptq.kernels.cuda.fragments import NO_SUMS, add_bits, bits_of, store_row, weight_fragments
 from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.layout import COLUMNS as STRIP
 from tinygptq.kernels.cuda.layout import ROWS as CHUNK
 from tinygptq.kernels.cuda.ptx import (
-    bits_from_float,
     copy_async_commit,
     copy_async_or_zero,
     copy_async_wait,
-    float_from_bits,
-    half2_from_floats,
     load_16_bytes,
     load_shared,
     mma,
-    mul_half2,
-    store_8_bytes,
     store_16_bytes,
 )
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.streams import load_stream_pieces
-from tinygptq.kernels.cuda.tables import device_function, table_decoder, table_reader
-from tinygptq.kernels.cuda.unpack import levels
+from tinygptq.kernels.cuda.tables import device_function, table_reader
 
 WARPS = 4
 THREADS = 32 * WARPS
@@ -48,7 +43,6 @@ BLOCK_COLUMNS = STRIP * WARPS
 STAGE, STAGES = 64, 4  # k of x in one stage (two units), and how many there is room for
 ROWS_AT_ONCE = THREADS // 4  # rows of x of which the block copies 32 k with one instruction
 RESIDENT = {4: 3, 8: 3}  # row tiles: blocks that fit on a multiprocessor at once
-NO_SUMS = (np.float32(0),) * 4
 SPLIT_COST = 1  # what adding up splits takes, in chunks
 
 
@@ -71,23 +65,9 @@ def matmul_kernel(
     rows = 8 * row_tiles
     stage_words = rows * STAGE // 2
     shared_words, pending = STAGES * stage_words, STAGES - 2  # stages that may still be on their way when one is used
-    turns = rows // ROWS_AT_ONCE  # of the block's threads, to copy one unit (32 k) of all rows
-    load_codes = load_stream_pieces(bits)
+    load_codes, copy_stage = load_stream_pieces(bits), _stage_copier(rows)
     fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
     multiply_early, multiply_late = (_stage_product(bits, zero, row_tiles, first, wide_scales) for first in (0, 2))
-
-    @device_function
-    def copy_stage(shared, slot, x, source, rows_left, k):
-        """Start copying [rows, 64 k] of x, as [2 units][rows][32 k]; what lies beyond x becomes 0.
-
-        ``source`` is where this thread's first 16 bytes of k = 0 are in x, ``rows_left`` how many rows x has from there on.
-        """
-        for i in range(2 * turns):
-            unit, row = i // turns, ROWS_AT_ONCE * (i % turns)
-            inside = row < rows_left and k + 32 * unit < x.shape[1]
-            to = slot * stage_words + 4 * (cuda.threadIdx.x + THREADS * i)
-            copy_async_or_zero(shared, to, x, source + row * x.shape[1] + k + 32 * unit, inside)
-        copy_async_commit()
 
     def fused_matmul(x, codes, scales, zeros, groups, chunks_each, y, sums, arrived):
         shared = cuda.shared.array(shared_words, np.float32)
@@ -141,23 +121,35 @@ def matmul_kernel(
     return Kernel(fused_matmul, (THREADS, RESIDENT[row_tiles]))
 
 
+def _stage_copier(rows):
+    """Device function: start copying a stage of x to its slot; a block's threads copy it together."""
+    stage_words = rows * STAGE // 2
+    turns = rows // ROWS_AT_ONCE  # of the block's threads, to copy one unit (32 k) of all rows
+
+    @device_function
+    def copy_stage(shared, slot, x, source, rows_left, k):
+        """Start copying [rows, 64 k] of x, as [2 units][rows][32 k]; what lies beyond x becomes 0.
+
+        ``source`` is where this thread's first 16 bytes of k = 0 are in x, ``rows_left`` how many rows x has from there on.
+        """
+        for i in range(2 * turns):
+            unit, row = i // turns, ROWS_AT_ONCE * (i % turns)
+            inside = row < rows_left and k + 32 * unit < x.shape[1]
+            to = slot * stage_words + 4 * (cuda.threadIdx.x + THREADS * i)
+            copy_async_or_zero(shared, to, x, source + row * x.shape[1] + k + 32 * unit, inside)
+        copy_async_commit()
+
+    return copy_stage
+
+
 def _stage_product(bits, zero, row_tiles, first_unit, wide_scales):
     """Device function: add two units (64 k) of W^T x^T to a warp's sums."""
-    decode_scales, decode_zeros = table_decoder(bits, zero, wide_scales)
     unit_words = 16 * 8 * row_tiles
-    unpack_first, unpack_second = levels(bits, first_unit), levels(bits, first_unit + 1)
+    first_fragments, second_fragments = (weight_fragments(bits, zero, first_unit + i, wide_scales) for i in range(2))
 
     @device_function
-    def weights(a, b, c, d, scale, next_scale):
-        """mma's A of two columns and 16 k: a, c are pairs of the first column, b, d of the second."""
-        return mul_half2(a, scale), mul_half2(b, next_scale), mul_half2(c, scale), mul_half2(d, next_scale)
-
-    @device_function
-    def multiply(total, v, s, shared, at):
-        a0 = weights(v[0], v[4], v[1], v[5], s[0], s[1])  # columns 4g, 4g+1 of the strip, first and second step of 16 k
-        a1 = weights(v[2], v[6], v[3], v[7], s[0], s[1])
-        b0 = weights(v[8], v[12], v[9], v[13], s[2], s[3])  # columns 4g+2, 4g+3
-        b1 = weights(v[10], v[14], v[11], v[15], s[2], s[3])
+    def multiply(total, weights, shared, at):
+        a0, a1, b0, b1 = weights
         for j in range(0, row_tiles, 2):  # two by two, so that four independent products stand between dependent ones
             x0, x1 = load_shared(shared, at + 128 * j), load_shared(shared, at + 128 * (j + 1))  # 8 rows of x each, 32 k
             c0 = mma(a0, (x0[0], x0[1]), (total[j, 0], total[j, 1], total[j, 2], total[j, 3]))
@@ -171,10 +163,8 @@ def _stage_product(bits, zero, row_tiles, first_unit, wide_scales):
 
     @device_function
     def stage_product(total, words, scale, offset, next_scale, next_offset, shared, at):
-        low, up = decode_zeros(offset)
-        multiply(total, unpack_first(words, low, up), decode_scales(scale), shared, at)
-        low, up = decode_zeros(next_offset)
-        multiply(total, unpack_second(words, low, up), decode_scales(next_scale), shared, at + unit_words)
+        multiply(total, first_fragments(words, scale, offset), shared, at)
+        multiply(total, second_fragments(words, next_scale, next_offset), shared, at + unit_words)
 
     return stage_product
 
@@ -186,8 +176,8 @@ def _leave(total, row_tiles, sums, arrived):
     size = 8 * row_tiles * THREADS
     mine = (tile * cuda.gridDim.z + cuda.blockIdx.z) * size + 4 * cuda.threadIdx.x
     for j in range(row_tiles):
-        even = _bits(total[j, 0], total[j, 1], total[j, 2], total[j, 3])
-        odd = _bits(total[j, 4], total[j, 5], total[j, 6], total[j, 7])
+        even = bits_of(total[j, 0], total[j, 1], total[j, 2], total[j, 3])
+        odd = bits_of(total[j, 4], total[j, 5], total[j, 6], total[j, 7])
         store_16_bytes(sums, mine + 8 * j * THREADS, even)
         store_16_bytes(sums, mine + (8 * j + 4) * THREADS, odd)
     cuda.threadfence()
@@ -228,27 +218,16 @@ def _add_and_store(row_tiles, wide, sums, y, first_row, strip, lane):
             even_1, odd_1 = load_16_bytes(sums, at_1), load_16_bytes(sums, at_1 + 4 * THREADS)
             even_2, odd_2 = load_16_bytes(sums, at_2), load_16_bytes(sums, at_2 + 4 * THREADS)
             even_3, odd_3 = load_16_bytes(sums, at_3), load_16_bytes(sums, at_3 + 4 * THREADS)
-            even, odd = _add_bits(even, even_0), _add_bits(odd, odd_0)
+            even, odd = add_bits(even, even_0), add_bits(odd, odd_0)
             if split + 1 <= last:
-                even, odd = _add_bits(even, even_1), _add_bits(odd, odd_1)
+                even, odd = add_bits(even, even_1), add_bits(odd, odd_1)
             if split + 2 <= last:
-                even, odd = _add_bits(even, even_2), _add_bits(odd, odd_2)
+                even, odd = add_bits(even, even_2), add_bits(odd, odd_2)
             if split + 3 <= last:
-                even, odd = _add_bits(even, even_3), _add_bits(odd, odd_3)
+                even, odd = add_bits(even, even_3), add_bits(odd, odd_3)
         row = first_row + 8 * j + 2 * (lane % 4)
-        _store_row(y, wide, row, strip, lane, even[0], even[2], odd[0], odd[2])
-        _store_row(y, wide, row + 1, strip, lane, even[1], even[3], odd[1], odd[3])
-
-
-@device_function
-def _add_bits(a, b):
-    return (a[0] + float_from_bits(b[0]), a[1] + float_from_bits(b[1]),
-            a[2] + float_from_bits(b[2]), a[3] + float_from_bits(b[3]))  # fmt: skip
-
-
-@device_function
-def _bits(a, b, c, d):
-    return bits_from_float(a), bits_from_float(b), bits_from_float(c), bits_from_float(d)
+        store_row(y, wide, row, strip, lane, even[0], even[2], odd[0], odd[2])
+        store_row(y, wide, row + 1, strip, lane, even[1], even[3], odd[1], odd[3])
 
 
 @device_function
@@ -256,19 +235,8 @@ def _store(total, row_tiles, wide, y, first_row, strip, lane):
     """A warp's sums to y: lane 4g + t holds columns 4g .. 4g+3 of rows 8j + 2t and 8j + 2t + 1."""
     for j in range(row_tiles):
         row = first_row + 8 * j + 2 * (lane % 4)
-        _store_row(y, wide, row, strip, lane, total[j, 0], total[j, 2], total[j, 4], total[j, 6])
-        _store_row(y, wide, row + 1, strip, lane, total[j, 1], total[j, 3], total[j, 5], total[j, 7])
-
-
-@device_function
-def _store_row(y, wide, row, strip, lane, a, b, c, d):
-    column = STRIP * strip + 4 * (lane // 4)
-    if row < y.shape[0] and column < y.shape[1]:  # N is a multiple of 8
-        index = np.int64(row) * y.shape[1] + column
-        if wide:
-            store_16_bytes(y, index, _bits(a, b, c, d))
-        else:
-            store_8_bytes(y, index, (half2_from_floats(a, b), half2_from_floats(c, d)))
+        store_row(y, wide, row, strip, lane, total[j, 0], total[j, 2], total[j, 4], total[j, 6])
+        store_row(y, wide, row + 1, strip, lane, total[j, 1], total[j, 3], total[j, 5], total[j, 7])
 
 
 @dataclass(frozen=True)

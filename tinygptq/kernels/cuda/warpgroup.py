@@ -15,26 +15,16 @@ import functools
 import numpy as np
 
 from tinygptq.kernels.cuda import hopper
+from tinygptq.kernels.cuda.fragments import NO_SUMS, add_bits, store_four, store_row, weight_fragments
 from tinygptq.kernels.cuda.hopper import SUMS
 from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.layout import COLUMNS as STRIP
 from tinygptq.kernels.cuda.layout import ROWS as CHUNK
-from tinygptq.kernels.cuda.matmul import _store_row
-from tinygptq.kernels.cuda.ptx import (
-    bits_from_float,
-    float_from_bits,
-    half2_from_floats,
-    load_16_bytes,
-    load_words,
-    mul_half2,
-    store_8_bytes,
-    store_16_bytes,
-)
+from tinygptq.kernels.cuda.ptx import load_16_bytes, load_words, store_16_bytes
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.steps import wait_for_dependencies
 from tinygptq.kernels.cuda.streams import load_stream_pieces
-from tinygptq.kernels.cuda.tables import device_function, table_decoder, table_reader
-from tinygptq.kernels.cuda.unpack import levels
+from tinygptq.kernels.cuda.tables import device_function, table_reader
 
 WARPS = 4
 THREADS = 32 * WARPS
@@ -50,7 +40,7 @@ SUM_BEGINS, SUMMED = 2, 350_000  # microseconds before splits are summed, and nu
 SUM_THREADS, MOST_SPLITS = 256, 8
 FEW_ROWS = 512  # up to here whatever else there is takes much longer
 UNITS_EACH = 4  # that a thread of the tile kernel writes a piece of
-NO_SUMS = (np.float32(0),) * SUMS
+ALL_ZERO = (np.float32(0),) * SUMS
 
 
 # ------------------------------------------------------------------------------------------ x as tiles
@@ -117,35 +107,9 @@ def warpgroup_kernel(bits: int, group_size: int, zero: int | None, *, wide_scale
     """
     load_codes = load_stream_pieces(bits)
     fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
-    fragments = [_fragments(bits, zero, unit, wide_scales) for unit in range(4)]
+    fragments = [weight_fragments(bits, zero, unit, wide_scales) for unit in range(4)]
     first_unit, second_unit, third_unit, fourth_unit = fragments
-    wait_for_all_but_one, copy_stage_if = hopper.wait_for_all_but_one(4 * bits), hopper.copy_bulk_if(STAGE_BYTES)
-
-    @device_function
-    def multiply_stage(even, odd, a, b, matrix):
-        """Ask for the products of 64 k: two units, of each two steps of 16 k for two tiles of 16 columns."""
-        after = matrix + 4 * UNIT_WORDS // 16
-        hopper.begin_group()
-        even, odd = hopper.multiply(even, a[0], matrix), hopper.multiply(odd, a[2], matrix)
-        even, odd = hopper.multiply(even, a[1], matrix + 2), hopper.multiply(odd, a[3], matrix + 2)
-        even, odd = hopper.multiply(even, b[0], after), hopper.multiply(odd, b[2], after)
-        even, odd = hopper.multiply(even, b[1], after + 2), hopper.multiply(odd, b[3], after + 2)
-        hopper.end_group()
-        return even, odd
-
-    @device_function
-    def refill(base, source, stage, stages, slot, parity, is_first):
-        """The stage before this one is done: its slot is free. That of the one before it is filled with what comes next.
-
-        Returns the next slot, and its phase's parity.
-        """
-        done, old = (slot + STAGES - 1) % STAGES, (slot + STAGES - 2) % STAGES
-        hopper.arrive_if(np.int64(is_first and stage >= 1), base + FREE + 8 * done)
-        if stage >= 2 and stage - 2 + STAGES < stages:
-            hopper.wait_for_phase(base + FREE + 8 * old, parity ^ np.int64(slot < 2))
-            wanted, to = np.int64(cuda.threadIdx.x == 0), base + STAGE_BYTES * old
-            copy_stage_if(wanted, to, source + STAGE_BYTES * (stage - 2 + STAGES), base + FULL + 8 * old)
-        return (slot + 1) % STAGES, parity ^ np.int64(slot == STAGES - 1)
+    wait_for_all_but_one = hopper.wait_for_all_but_one(4 * bits)
 
     def warpgroup_matmul(tiles, codes, scales, zeros, groups, chunks, chunks_each, rows, y):
         shared = cuda.shared.array(0, np.uint32)
@@ -169,8 +133,8 @@ def warpgroup_kernel(bits: int, group_size: int, zero: int | None, *, wide_scale
         wait_for_dependencies()
         if cuda.threadIdx.x == 0:
             for slot in range(min(STAGES, stages)):
-                copy_stage_if(1, base + STAGE_BYTES * slot, source + STAGE_BYTES * slot, base + FULL + 8 * slot)
-        even, odd, slot, parity = NO_SUMS, NO_SUMS, np.int64(0), np.int64(0)
+                _copy_stage_if(1, base + STAGE_BYTES * slot, source + STAGE_BYTES * slot, base + FULL + 8 * slot)
+        even, odd, slot, parity = ALL_ZERO, ALL_ZERO, np.int64(0), np.int64(0)
         for chunk in range(first, last):
             after, stage = min(chunk + 1, last - 1), 2 * (chunk - first)
             next_words = load_codes(codes, (strip * chunks + after) * bits * 128 + 4 * lane)
@@ -178,15 +142,15 @@ def warpgroup_kernel(bits: int, group_size: int, zero: int | None, *, wide_scale
 
             a, b = first_unit(words, scale[0], offset[0]), second_unit(words, scale[1], offset[1])
             hopper.wait_for_phase(base + FULL + 8 * slot, parity)
-            even, odd = multiply_stage(even, odd, a, b, matrix + STAGE_BYTES // 16 * slot)
+            even, odd = _multiply_stage(even, odd, a, b, matrix + STAGE_BYTES // 16 * slot)
             words = wait_for_all_but_one(words)
-            slot, parity = refill(base, source, stage, stages, slot, parity, lane == 0)
+            slot, parity = _refill(base, source, stage, stages, slot, parity, lane == 0)
 
             a, b = third_unit(words, scale[2], offset[2]), fourth_unit(words, scale[3], offset[3])
             hopper.wait_for_phase(base + FULL + 8 * slot, parity)
-            even, odd = multiply_stage(even, odd, a, b, matrix + STAGE_BYTES // 16 * slot)
+            even, odd = _multiply_stage(even, odd, a, b, matrix + STAGE_BYTES // 16 * slot)
             words, scale, offset = wait_for_all_but_one(next_words), next_scale, next_offset
-            slot, parity = refill(base, source, stage + 1, stages, slot, parity, lane == 0)
+            slot, parity = _refill(base, source, stage + 1, stages, slot, parity, lane == 0)
 
         hopper.spread_sums(even_sums, hopper.finished(even))
         hopper.spread_sums(odd_sums, hopper.finished(odd))
@@ -195,30 +159,35 @@ def warpgroup_kernel(bits: int, group_size: int, zero: int | None, *, wide_scale
     return Kernel(warpgroup_matmul, (THREADS, RESIDENT), specific=True)
 
 
-_describe = device_function(hopper.describe)
+_describe, _copy_stage_if = device_function(hopper.describe), hopper.copy_bulk_if(STAGE_BYTES)
 
 
-def _fragments(bits, zero, unit, wide_scales):
-    """Device function: 32 k of a lane's four columns as four of wgmma's A, two steps of 16 k for each of two tiles."""
-    decode_scales, decode_zeros = table_decoder(bits, zero, wide_scales)
-    unpack = levels(bits, unit)
+@device_function
+def _multiply_stage(even, odd, a, b, matrix):
+    """Ask for the products of 64 k: two units, of each two steps of 16 k for two tiles of 16 columns."""
+    after = matrix + 4 * UNIT_WORDS // 16
+    hopper.begin_group()
+    even, odd = hopper.multiply(even, a[0], matrix), hopper.multiply(odd, a[2], matrix)
+    even, odd = hopper.multiply(even, a[1], matrix + 2), hopper.multiply(odd, a[3], matrix + 2)
+    even, odd = hopper.multiply(even, b[0], after), hopper.multiply(odd, b[2], after)
+    even, odd = hopper.multiply(even, b[1], after + 2), hopper.multiply(odd, b[3], after + 2)
+    hopper.end_group()
+    return even, odd
 
-    @device_function
-    def scaled(a, b, c, d, scale, next_scale):
-        return mul_half2(a, scale), mul_half2(b, next_scale), mul_half2(c, scale), mul_half2(d, next_scale)
 
-    @device_function
-    def fragments(words, scale, offset):
-        low, up = decode_zeros(offset)
-        v, s = unpack(words, low, up), decode_scales(scale)
-        return (
-            scaled(v[0], v[4], v[1], v[5], s[0], s[1]),  # columns 4g and 4g+1 of the strip
-            scaled(v[2], v[6], v[3], v[7], s[0], s[1]),
-            scaled(v[8], v[12], v[9], v[13], s[2], s[3]),  # columns 4g+2 and 4g+3
-            scaled(v[10], v[14], v[11], v[15], s[2], s[3]),
-        )
+@device_function
+def _refill(base, source, stage, stages, slot, parity, is_first):
+    """The stage before this one is done: its slot is free. That of the one before it is filled with what comes next.
 
-    return fragments
+    Returns the next slot, and its phase's parity.
+    """
+    done, old = (slot + STAGES - 1) % STAGES, (slot + STAGES - 2) % STAGES
+    hopper.arrive_if(np.int64(is_first and stage >= 1), base + FREE + 8 * done)
+    if stage >= 2 and stage - 2 + STAGES < stages:
+        hopper.wait_for_phase(base + FREE + 8 * old, parity ^ np.int64(slot < 2))
+        wanted, to = np.int64(cuda.threadIdx.x == 0), base + STAGE_BYTES * old
+        _copy_stage_if(wanted, to, source + STAGE_BYTES * (stage - 2 + STAGES), base + FULL + 8 * old)
+    return (slot + 1) % STAGES, parity ^ np.int64(slot == STAGES - 1)
 
 
 @device_function
@@ -229,14 +198,8 @@ def _store(even, odd, wide, y, rows, strip, lane):
         row = cuda.blockIdx.x * TOKENS + 8 * j + 2 * (lane % 4)
         place = cuda.blockIdx.z * rows + row
         above, below = place if row < rows else nowhere, place + 1 if row + 1 < rows else nowhere
-        _store_row(y, wide, above, strip, lane, even[4 * j], even[4 * j + 2], odd[4 * j], odd[4 * j + 2])
-        _store_row(y, wide, below, strip, lane, even[4 * j + 1], even[4 * j + 3], odd[4 * j + 1], odd[4 * j + 3])
-
-
-@device_function
-def _four_floats(array, index):
-    words = load_16_bytes(array, index)
-    return float_from_bits(words[0]), float_from_bits(words[1]), float_from_bits(words[2]), float_from_bits(words[3])
+        store_row(y, wide, above, strip, lane, even[4 * j], even[4 * j + 2], odd[4 * j], odd[4 * j + 2])
+        store_row(y, wide, below, strip, lane, even[4 * j + 1], even[4 * j + 3], odd[4 * j + 1], odd[4 * j + 3])
 
 
 @functools.cache
@@ -250,14 +213,10 @@ def sum_kernel(wide_out: bool):
         wait_for_dependencies()
         at = 4 * (np.int64(cuda.blockIdx.x) * SUM_THREADS + cuda.threadIdx.x)
         if at < y.size:
-            a, b, c, d = _four_floats(parts, at)
-            for split in range(1, splits):
-                e, f, g, h = _four_floats(parts, at + split * y.size)
-                a, b, c, d = a + e, b + f, c + g, d + h
-            if wide_out:
-                store_16_bytes(y, at, (bits_from_float(a), bits_from_float(b), bits_from_float(c), bits_from_float(d)))
-            else:
-                store_8_bytes(y, at, (half2_from_floats(a, b), half2_from_floats(c, d)))
+            total = NO_SUMS
+            for split in range(splits):
+                total = add_bits(total, load_16_bytes(parts, at + split * y.size))
+            store_four(y, at, wide_out, total[0], total[1], total[2], total[3])
 
     return Kernel(sum_splits, SUM_THREADS)
 
