@@ -120,7 +120,7 @@ MATVECS = (  # capability, bits, group size, zero point or None, row tiles, plan
     ((8, 6), 3, 32, None, 1, matvec.Plan(16, sets=1), {"ragged": True}),
     ((8, 9), 2, 64, 2, 2, matvec.Plan(4, resident=3), {"wide_scales": True}),
     ((9, 0), 4, 128, 8, 1, matvec.Plan(5, resident=3), {}),
-    ((9, 0), 4, 128, None, 2, matvec.Plan(16, short=True), {}),
+    ((9, 0), 4, 128, None, 2, matvec.Plan(16, short=True, slots=2), {}),
 )
 ADDRESSES = (types.int64,) * 6  # of codes, scales, x and zeros, and two numbers
 

@@ -125,20 +125,24 @@ def test_pieces_cover_a_matrix_once_and_fit(inner, columns):
         assert 2 * count * depth <= dispatch.DEQUANTISED_BYTES
 
 
+@pytest.mark.parametrize("shared", [100 << 10, 164 << 10, 228 << 10])  # of a multiprocessor: 8.6 and 8.9, 8.0, 9.0
 @pytest.mark.parametrize("strips", [1, 9, 128, 344, 688])
 @pytest.mark.parametrize("inner", [32, 576, 4096, 11008])
-def test_a_plan_for_few_rows_can_be_launched(strips, inner):
+def test_a_plan_for_few_rows_can_be_launched(strips, inner, shared):
     pytest.importorskip("numba_cuda", reason="numba-cuda is not installed (extra [cuda])")
     from tinygptq.kernels.cuda import matvec
     from tinygptq.kernels.cuda.activations import ring_bytes
 
     chunks = -(-inner // 128)
     for row_tiles, bits, group_size in ((1, 4, 128), (2, 4, 128), (2, 4, 32), (1, 8, 32), (2, 8, 128), (1, 3, 64)):
-        plan = matvec.plan(strips, inner, row_tiles, bits, group_size, 132)
+        plan = matvec.plan(strips, inner, row_tiles, bits, group_size, 132, shared)
         assert 1 <= plan.warps <= chunks  # no warp is without work
         assert plan.sets == 2 or not plan.short
         assert not plan.short or chunks <= 2 * plan.warps
         sums = 4 * plan.warps * 8 * row_tiles * matvec.PITCH
         assert sums <= 48 << 10  # static shared memory, in bytes
-        assert (sums + ring_bytes(plan.warps, 8 * row_tiles) + 1024) * plan.resident <= 228 << 10  # of a multiprocessor
+        needed = sums + ring_bytes(plan.warps, 8 * row_tiles, plan.slots) + 1024
+        assert needed <= shared
+        if shared == 228 << 10:  # as on the card where plans were measured: all blocks have the room they want
+            assert needed * plan.resident <= shared
         assert 65536 // (32 * plan.warps * plan.resident) >= 120  # registers of a thread

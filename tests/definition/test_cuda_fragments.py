@@ -83,13 +83,13 @@ def warp_product(x, layer: layout.DeviceLinear):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 11, 16])
-@pytest.mark.parametrize("inner", [256, 288, 448])
-def test_what_lanes_copy_of_x_they_find_as_fragments(rows, inner, monkeypatch):
+@pytest.mark.parametrize(("inner", "slots"), [(256, 2), (288, 3), (448, 3)])
+def test_what_lanes_copy_of_x_they_find_as_fragments(rows, inner, slots, monkeypatch):
     """The ring's own functions, run lane by lane: :mod:`~tinygptq.kernels.cuda.activations`."""
     activations = pytest.importorskip("tinygptq.kernels.cuda.activations", exc_type=ImportError)
     x = np.random.default_rng(rows).standard_normal((rows, inner)).astype(np.float16)
     words, row_tiles, warps = x.ravel().view(np.uint32), 1 if rows <= 8 else 2, 3
-    shared = np.full(activations.ring_bytes(warps, rows) // 4, 0x7E007E00, np.uint32)  # NaN
+    shared = np.full(activations.ring_bytes(warps, rows, slots) // 4, 0x7E007E00, np.uint32)  # NaN
 
     def copy_pair(shared, to, array, index, wanted, first, second):
         for further, inside in ((0, first), (32, second)):
@@ -100,7 +100,7 @@ def test_what_lanes_copy_of_x_they_find_as_fragments(rows, inner, monkeypatch):
     monkeypatch.setattr(activations, "copy_async_pair_if", copy_pair)
     monkeypatch.setattr(activations, "copy_async_commit", lambda: None)
     monkeypatch.setattr(activations, "load_shared", lambda shared, at: tuple(shared[at : at + 4]))
-    locate, copy, take = activations.ring.__wrapped__(row_tiles, inner % 128 > 0)
+    locate, copy, take = activations.ring.__wrapped__(row_tiles, slots, inner % 128 > 0)
     chunks = -(-inner // 128)
     padded = np.zeros((16, 128 * chunks), np.float16)
     padded[:rows, :inner] = x
@@ -108,10 +108,10 @@ def test_what_lanes_copy_of_x_they_find_as_fragments(rows, inner, monkeypatch):
     for warp, lane in np.ndindex(warps, 32):
         monkeypatch.setattr(activations, "cuda", SimpleNamespace(threadIdx=SimpleNamespace(x=32 * warp + lane)))
         places[warp, lane] = locate(np.int32(rows), np.int32(inner))
-        for slot in range(2):
+        for slot in range(slots):
             copy(shared, places[warp, lane], words, (warp + slot) % chunks, chunks, slot)
     for (warp, lane), place in places.items():
-        for slot in range(2):
+        for slot in range(slots):
             found = np.array(take(shared, place, slot), np.uint32).view(np.float16).reshape(row_tiles, 4, 8)
             k = 128 * ((warp + slot) % chunks) + 32 * np.arange(4)[:, None] + 8 * T[lane] + np.arange(8)
             for tile in range(row_tiles):

@@ -1,4 +1,4 @@
-"""x on its way to a warp's tensor cores, in whole lines: a ring of two chunks in shared memory, its own for each warp (8.0).
+"""x on its way to a warp's tensor cores, in whole lines: a ring of chunks in shared memory, its own for each warp (8.0).
 
 mma wants of a row 16 bytes in each of four lanes, and 64 bytes of eight rows with one load: half lines, each asked for
 twice, which with 8 rows cost a third of a microsecond of six. So the lanes copy 128 bytes in a piece, and past the registers
@@ -22,13 +22,12 @@ from tinygptq.kernels.cuda.ptx import copy_async_commit, copy_async_pair_if, loa
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.tables import device_function
 
-CHUNKS = 2  # in the ring
 ROW_WORDS = CHUNK // 2  # 32-bit words of a row in a chunk
 
 
-def ring_bytes(warps: int, rows: int) -> int:
+def ring_bytes(warps: int, rows: int, slots: int) -> int:
     """Shared memory of a block for so many rows of x, in bytes."""
-    return 4 * CHUNKS * ROW_WORDS * rows * warps
+    return 4 * slots * ROW_WORDS * rows * warps
 
 
 class Place(NamedTuple):
@@ -54,10 +53,11 @@ class Place(NamedTuple):
 
 
 @functools.cache
-def ring(row_tiles: int, padded: bool):
+def ring(row_tiles: int, slots: int, padded: bool):
     """Device functions of a warp's ring, shared memory being uint32: ``locate``, ``copy`` and ``take``.
 
-    Args: row_tiles: 1 for up to 8 rows of x, 2 for up to 16; padded: x is 0 beyond K, and not undefined.
+    Args: row_tiles: 1 for up to 8 rows of x, 2 for up to 16; slots: chunks in the ring; padded: x is 0 beyond K, and not
+        undefined.
 
     A group of copies is closed by each call of ``copy``; whoever takes has to wait for it, and for the other lanes. Rows
     that x has not got are neither copied nor of use: they are read as the last.
@@ -69,7 +69,7 @@ def ring(row_tiles: int, padded: bool):
         lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
         row, piece = np.int32(lane >> 3), np.int32(lane & 7)
         slot = np.int32(ROW_WORDS * rows)
-        base = np.int32(CHUNKS * slot * warp)
+        base = np.int32(slots * slot * warp)
         to = np.int32(base + ROW_WORDS * row + 4 * (piece ^ 4 * (row & 1)))
         source = np.int32(row * np.int32(inner >> 1) + 4 * piece)
         final, g, h = np.int32(rows - 1), np.int32(lane >> 2), np.int32((lane >> 2) + 8)

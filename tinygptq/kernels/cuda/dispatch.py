@@ -27,7 +27,7 @@ from tinygptq.kernels.cuda import dequantise, matmul, matvec, plain, warpgroup
 from tinygptq.kernels.cuda.activations import ring_bytes
 from tinygptq.kernels.cuda.cublas import Part, cublas
 from tinygptq.kernels.cuda.layout import COLUMNS, ROWS, DeviceLinear
-from tinygptq.kernels.cuda.runtime import capability, cupy, multiprocessors
+from tinygptq.kernels.cuda.runtime import capability, cupy, multiprocessors, shared_memory
 
 MATVEC_ROWS = 16  # at most
 MATMUL_ROWS = 192
@@ -148,12 +148,13 @@ def multiply_rows(
             weights at once, so nothing that is still at work on the stream may write them.
     """
     row_tiles, strips = 1 if x.shape[0] <= 8 else 2, layer.codes.shape[0]
-    plan = matvec.plan(strips, x.shape[1], row_tiles, layer.bits, layer.group_size, multiprocessors())
+    sizes = strips, x.shape[1], row_tiles, layer.bits, layer.group_size
+    plan = matvec.plan(*sizes, multiprocessors(), shared_memory())
     special = {"ragged": x.shape[1] % ROWS != 0, "wide_scales": layer.scales.dtype.itemsize == 4, "epilogue": epilogue}
     kernel = matvec.matvec_kernel(layer.bits, layer.group_size, layer.zero, row_tiles, plan, **special)
     codes, scales, zeros = (0 if array is None else array.data.ptr for array in (layer.codes, layer.scales, layer.zeros))
     arguments = codes, scales, x.shape[1], layer.scales.shape[1], x.data.ptr, zeros, y, extra
-    at_launch = {"dependent": dependent, "shared_bytes": ring_bytes(plan.warps, x.shape[0])}
+    at_launch = {"dependent": dependent, "shared_bytes": ring_bytes(plan.warps, x.shape[0], plan.slots)}
     kernel(strips, 32 * plan.warps, stream, *arguments, **at_launch)
 
 

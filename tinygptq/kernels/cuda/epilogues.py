@@ -38,7 +38,7 @@ def inverse_rms(features: int, eps: float):
 
     @device_function
     def one(squares, row, strip):
-        return squares[row, strip] if strip < strips else ZERO
+        return squares[np.uint32(row), np.uint32(strip)] if strip < strips else ZERO
 
     def reader(turn):
         """Device function that reads the sums of turns 0 .. turn, so many numbers."""
@@ -78,12 +78,12 @@ def normed(features: int, eps: float, biased: bool) -> Epilogue:
     @device_function
     def scale_by_norm(row, strip, lane, value, y, extra, known):
         factor = inverse(known[0]) / inverse(known[1])
-        column = STRIP * strip + lane
+        column = np.uint32(STRIP * strip + lane)
         if column < y.shape[1]:
             value *= factor
             if biased:
                 value += extra[2][column]
-            y[row, column] = value
+            y[np.uint32(row), column] = value
 
     return Epilogue(read, (nothing, nothing), scale_by_norm)
 
@@ -104,10 +104,10 @@ def swiglu(features: int, eps: float, biased: bool) -> Epilogue:
     def silu_times_up(row, strip, lane, value, y, extra, known):
         value *= inverse(known[0]) / inverse(known[1])
         if biased:
-            value += extra[2][STRIP * strip + lane]
-        up = cuda.shfl_down_sync(ALL, value, 16)
-        if lane < 16 and 16 * strip + lane < y.shape[1]:
-            y[row, 16 * strip + lane] = value / (np.float32(1) + cuda.libdevice.fast_expf(-value)) * up
+            value += extra[2][np.uint32(STRIP * strip + lane)]
+        up, column = cuda.shfl_down_sync(ALL, value, 16), np.uint32(STRIP // 2 * strip + lane)
+        if lane < 16 and column < y.shape[1]:
+            y[np.uint32(row), column] = value / (np.float32(1) + cuda.libdevice.fast_expf(-value)) * up
 
     return Epilogue(read, (nothing, nothing), silu_times_up)
 
@@ -123,24 +123,24 @@ def residual(features: int, eps: float, biased: bool) -> Epilogue:
 
     @device_function
     def read(row, strip, lane, y, extra):
-        column = min(STRIP * strip + lane, y.shape[1] - 1)
-        return read_squares(extra[0], row, lane), y[row, column], extra[2][column], extra[3][column]
+        column = np.uint32(min(STRIP * strip + lane, y.shape[1] - 1))
+        return read_squares(extra[0], row, lane), y[np.uint32(row), column], extra[2][column], extra[3][column]
 
     @device_function
     def add_to_stream(row, strip, lane, value, y, extra, known):
         sums, h, weight, place = known
         factor = inverse(sums)
-        column = STRIP * strip + lane
+        row, column = np.uint32(row), np.uint32(STRIP * strip + lane)
         h += value
         if biased:
-            h += extra[1][min(column, y.shape[1] - 1)]
+            h += extra[1][np.uint32(min(column, y.shape[1] - 1))]
         if column < y.shape[1]:
             y[row, column] = h
-            extra[4][row, place] = h * weight * factor
+            extra[4][row, np.uint32(place)] = h * weight * factor
         else:
             h = ZERO
         total = warp_sum(h * h)
         if lane == 0:
-            extra[5][row, strip] = total
+            extra[5][row, np.uint32(strip)] = total
 
     return Epilogue(read, (nothing, ZERO, ZERO, NOWHERE), add_to_stream)

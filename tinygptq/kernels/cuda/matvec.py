@@ -13,16 +13,19 @@ What limits it is how soon the first bytes are on their way, and how many at onc
   them through a cache that is cold, a line of 64 bytes at a time.
 - A warp has two chunks under way, in two sets of registers that take turns. One set that was copied to another would have
   to be there first: the copy waits for memory, and so do the loads behind it.
+- Whether there is a next chunk is asked by each load (a predicate), not by a branch: behind a branch no load comes before
+  the products in front of it. So the assembler asks for the next words as soon as a unit of the last ones is unpacked.
+- The end is short, and a loop: it runs once, and code that runs once is waited for.
 - x comes by another road, and its sums are taken when it is there, while weights still are not.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinygptq.kernels.cuda.activations import ring
+from tinygptq.kernels.cuda.activations import ring, ring_bytes
 from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.layout import COLUMNS as STRIP
 from tinygptq.kernels.cuda.layout import ROWS as CHUNK
@@ -30,11 +33,12 @@ from tinygptq.kernels.cuda.products import UNIT, leave_sums, run_product, sum_of
 from tinygptq.kernels.cuda.ptx import copy_async_wait
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.steps import begin_dependents, wait_for_dependencies
-from tinygptq.kernels.cuda.streams import load_stream_pieces
+from tinygptq.kernels.cuda.streams import load_stream_pieces_if
 from tinygptq.kernels.cuda.tables import device_function, scale_floats, table_reader, zero_floats
 
 PITCH = STRIP + 4  # floats between rows of the sums in shared memory: lanes of a warp fall on different banks
 MOST_WARPS = 16  # of a block
+RESERVED = 1 << 10  # bytes of shared memory that the system takes for each block
 
 
 class Epilogue(NamedTuple):
@@ -60,9 +64,9 @@ def _read_nothing(row, strip, lane, y, extra):
 
 @device_function
 def _store(row, strip, lane, value, y, extra, known):
-    column = STRIP * strip + lane
+    column = np.int32(STRIP * strip + lane)
     if column < y.shape[1]:
-        y[row, column] = value
+        y[np.uint32(row), np.uint32(column)] = value
 
 
 store = Epilogue(_read_nothing, (np.float32(0),), _store)
@@ -78,30 +82,48 @@ class Plan:
         resident: blocks that must fit on a multiprocessor at once, which bounds the registers.
         sets: of registers for weights. Two that take turns have two chunks under way; one is half the code.
         short: no warp has more than two chunks, and there is no code for more, which is less to fetch before it can run.
+        slots: chunks in a warp's ring of x. In one of three there is a free slot, which can be filled at once; in one of two
+            all lanes must have read theirs before.
     """
 
     warps: int
     resident: int = 1
     sets: int = 2
     short: bool = False
+    slots: int = 3
+
+    def shared_bytes(self, row_tiles: int) -> int:
+        """What a block takes of a multiprocessor's shared memory."""
+        return 4 * self.warps * 8 * row_tiles * PITCH + ring_bytes(self.warps, 8 * row_tiles, self.slots) + RESERVED
 
 
-def plan(strips: int, inner: int, row_tiles: int, bits: int, group_size: int, multiprocessors: int) -> Plan:
+@functools.lru_cache(maxsize=4096)
+def plan(strips: int, inner: int, row_tiles: int, bits: int, group_size: int, multiprocessors: int, shared: int) -> Plan:
     """How to divide a product of so many strips by ``inner`` rows of W, by what was fastest on an H100.
 
-    ``row_tiles``, ``bits`` and ``group_size`` as for :func:`matvec_kernel`.
+    ``row_tiles``, ``bits`` and ``group_size`` as for :func:`matvec_kernel`; ``shared``: bytes of a multiprocessor's memory.
     """
     each, chunks = -(-strips // multiprocessors), -(-inner // CHUNK)  # blocks of a multiprocessor; chunks of a strip
-    sets = 1 if group_size % (CHUNK // 2) or (bits == 8 and each > 1) else 2  # one where a chunk takes much code
+    much = bits == 8 or (row_tiles == 2 and group_size % CHUNK > 0)  # code for a chunk, or registers
+    sets = 1 if group_size % (CHUNK // 2) or (much and each > 1) else 2
     if each == 1 and chunks <= 2 * MOST_WARPS and (row_tiles, sets) != (2, 1):
-        return Plan(min(MOST_WARPS, chunks), short=True)
+        return _fitting(Plan(min(MOST_WARPS, chunks), short=True, slots=2), chunks, row_tiles, shared)
     if each == 1:
         warps, resident = 8 if row_tiles == 2 or bits == 8 else MOST_WARPS, 1
     elif each <= 3:
         warps, resident = 5 if (bits, row_tiles, sets) == (4, 1, 2) else 4, 3
     else:
         warps, resident = (4, 3) if bits == 8 else (2, 6)
-    return Plan(min(warps, chunks), resident, sets)
+    return _fitting(Plan(min(warps, chunks), resident, sets), chunks, row_tiles, shared)
+
+
+def _fitting(plan: Plan, chunks: int, row_tiles: int, shared: int) -> Plan:
+    """The same with fewer slots, and then with fewer warps, where a multiprocessor has less memory than it would take."""
+    if plan.resident * plan.shared_bytes(row_tiles) > shared:
+        plan = replace(plan, slots=2)
+    while plan.shared_bytes(row_tiles) > shared:
+        plan = replace(plan, warps=plan.warps - 1)
+    return replace(plan, short=plan.short and chunks <= 2 * plan.warps)
 
 
 @functools.cache
@@ -134,7 +156,7 @@ def matvec_kernel(
     warps, tile_rows, chunk_words = plan.warps, 8 * row_tiles, bits * CHUNK
     partial_size = warps * tile_rows * PITCH
     fetch = _weights_reader(bits, group_size, zero, wide_scales)
-    locate, copy, take = ring(row_tiles, ragged or plan.short)
+    locate, copy, take = ring(row_tiles, plan.slots, ragged or plan.short)
     multiply_chunks = _run(
         plan, fetch, copy, take, _chunk_product(bits, group_size, zero, row_tiles, wide_scales), tile_rows
     )
@@ -150,10 +172,10 @@ def matvec_kernel(
         chunks = np.int32(inner + CHUNK - 1 >> 7)
         codes_at = np.int32(strip * chunks * chunk_words + 4 * lane)
         table = np.int32(strip * groups * STRIP + 4 * (lane >> 2))
-        source = codes, scales, zeros, codes_at, table
+        source = codes, scales, zeros, codes_at, table, np.int32(chunks - 1)
 
         # weights, which no kernel writes, before the kernels in front of this one have ended; x after
-        weights = fetch(source, warp)
+        weights = fetch(source, warp, True)
         begin_dependents()
         place = locate(rows, inner)
         wait_for_dependencies()
@@ -169,58 +191,57 @@ def matvec_kernel(
 
 def _run(plan, fetch, copy, take, multiply_chunk, tile_rows):
     """Device function: a warp's sums over its chunks, the first chunk's weights ``a`` and two of x being under way."""
-    warps, no_sums = plan.warps, (np.float32(0),) * tile_rows
+    warps, slots, no_sums = plan.warps, plan.slots, (np.float32(0),) * tile_rows
 
     @device_function
-    def multiply(total, weights, shared, place, slot):
-        cuda.syncwarp()  # the other lanes' copies are there too
-        return multiply_chunk(total, weights, take(shared, place, slot))
+    def multiply(total, weights, shared, place, x, slot, ahead, chunks):
+        """With the chunk of x in a slot; chunk ``ahead`` starts on its way to the slot that is free."""
+        copy_async_wait(1)
+        cuda.syncwarp()  # the other lanes' copies are there too, and every lane has read the slot before this one
+        of_x = take(shared, place, slot)
+        if slots == 2:
+            cuda.syncwarp()
+            copy(shared, place, x, ahead, chunks, slot)
+        else:
+            copy(shared, place, x, ahead, chunks, np.int32(slot - 1 if slot > 0 else slots - 1))
+        return multiply_chunk(total, weights, of_x)
 
     @device_function
-    def refill(shared, place, x, chunk, chunks, slot):
-        cuda.syncwarp()  # every lane has read what the slot holds
-        copy(shared, place, x, chunk, chunks, slot)
+    def after(slot):
+        return np.int32(slot + 1 if slot < slots - 1 else 0)
 
     @device_function
     def short(source, a, shared, place, x, warp, chunks):
-        after = np.int32(warp + warps)
-        b = fetch(source, after if after < chunks else warp)
+        second = np.int32(warp + warps)
+        b = fetch(source, second if second < chunks else warp, True)
         copy_async_wait(1)
-        total = multiply(no_sums, a, shared, place, 0)
+        cuda.syncwarp()
+        total = multiply_chunk(no_sums, a, take(shared, place, 0))
         copy_async_wait(0)
-        return multiply(total, b, shared, place, 1)  # by 0 where there is no second chunk: a branch would put b off
+        cuda.syncwarp()
+        return multiply_chunk(total, b, take(shared, place, 1))  # by 0 where there is no second chunk: no branch
 
     @device_function
     def one_set(source, a, shared, place, x, warp, chunks):
         total, chunk, slot = no_sums, warp, np.int32(0)
         while chunk < chunks:
             chunk = np.int32(chunk + warps)
-            copy_async_wait(1)
-            total = multiply(total, a, shared, place, slot)
-            if chunk < chunks:
-                a = fetch(source, chunk)
-            refill(shared, place, x, np.int32(chunk + warps), chunks, slot)
-            slot = np.int32(1 - slot)
+            total = multiply(total, a, shared, place, x, slot, np.int32(chunk + warps), chunks)
+            a, slot = fetch(source, chunk, chunk < chunks), after(slot)
         return total
 
     @device_function
     def two_sets(source, a, shared, place, x, warp, chunks):
-        total, chunk, after = no_sums, warp, np.int32(warp + warps)
-        b = fetch(source, after if after < chunks else warp)
+        total, chunk, second, slot = no_sums, warp, np.int32(warp + warps), np.int32(0)
+        b = fetch(source, second if second < chunks else warp, True)
         while chunk < chunks:
             chunk = np.int32(chunk + 2 * warps)
-            copy_async_wait(1)
-            total = multiply(total, a, shared, place, 0)
-            if chunk < chunks:
-                a = fetch(source, chunk)
-            refill(shared, place, x, chunk, chunks, 0)
-            if after < chunks:
-                after = np.int32(chunk + warps)
-                copy_async_wait(1)
-                total = multiply(total, b, shared, place, 1)
-                if after < chunks:
-                    b = fetch(source, after)
-                refill(shared, place, x, after, chunks, 1)
+            total = multiply(total, a, shared, place, x, slot, chunk, chunks)
+            a, slot = fetch(source, chunk, chunk < chunks), after(slot)
+            if second < chunks:
+                second = np.int32(chunk + warps)
+                total = multiply(total, b, shared, place, x, slot, second, chunks)
+                b, slot = fetch(source, second, second < chunks), after(slot)
         return total
 
     return short if plan.short else one_set if plan.sets == 1 else two_sets
@@ -232,10 +253,11 @@ def _finisher(tile_rows, warps, epilogue):
 
     @device_function
     def finish(partial, strip, rows, y, extra, known):
-        lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+        lane, row = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
+        step, first = np.int32(cuda.blockDim.x >> 5), row  # not the constant, for which the loop would be written out
         cuda.syncthreads()
-        for row in range(warp, rows, warps):
-            if row != warp:
+        while row < rows:
+            if row != first:
                 known = read(row, strip, lane, y, extra)
             even, odd = np.float32(0), np.float32(0)  # two chains, which do not wait for each other
             for w in range(warps):
@@ -245,20 +267,24 @@ def _finisher(tile_rows, warps, epilogue):
                 else:
                     even += value
             end(row, strip, lane, (even + odd) * unit, y, extra, known)
+            row = np.int32(row + step)
 
     return finish
 
 
 def _weights_reader(bits, group_size, zero, wide_scales):
-    """Device function: what a lane needs of one chunk's weights, as it is in memory: words, scales and zero points."""
-    load_codes, chunk_words = load_stream_pieces(bits), bits * CHUNK
+    """Device function: what a lane needs of one chunk's weights, as it is in memory: words, scales and zero points.
+
+    Where the chunk is not ``wanted`` it reads no words, and the last chunk's scales.
+    """
+    load_codes, chunk_words = load_stream_pieces_if(bits), bits * CHUNK
     fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
 
     @device_function
-    def fetch(source, chunk):
-        codes, scales, zeros, codes_at, table = source
-        words = load_codes(codes, np.int32(codes_at + chunk * chunk_words))
-        scale, offset = fetch_tables(scales, zeros, table, chunk)
+    def fetch(source, chunk, wanted):
+        codes, scales, zeros, codes_at, table, last = source
+        words = load_codes(codes, np.int32(codes_at + chunk * chunk_words), wanted)
+        scale, offset = fetch_tables(scales, zeros, table, chunk if wanted else last)
         return words, scale, offset
 
     return fetch

@@ -75,3 +75,10 @@ def multiprocessors() -> int:
     """Number of multiprocessors of the current device."""
     require_gpu()
     return int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
+
+
+@functools.cache
+def shared_memory() -> int:
+    """Bytes of shared memory of a multiprocessor of the current device; a block may have 1 KB less."""
+    require_gpu()
+    return int(cuda.get_current_device().MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)

@@ -17,17 +17,41 @@ def load_stream_pieces(count: int):
 
     With ``index`` 16 bytes further for each lane, the warp reads ``512 * count`` bytes in one piece.
     """
+    text = f"{LOAD} {{{{$0, $1, $2, $3}}}}, [$4 + {{}}];"
 
     @intrinsic
     def load(typingctx, array, index):
         def generate(context, builder, signature, args):
             address = _address(context, builder, signature.args[0], *args, GLOBAL)
-            words = []
-            for i in range(count):
-                text = f"{LOAD} {{$0, $1, $2, $3}}, [$4 + {512 * i}];"
-                words += _unpack(builder, _assembly(builder, [I32] * 4, text, "=r,=r,=r,=r,l", [address], True))
-            return _pack(builder, words)
+            return _pack(builder, _load(builder, count, text, [address]))
 
         return types.UniTuple(types.uint32, 4 * count)(array, types.int64), generate
 
     return load
+
+
+@functools.cache
+def load_stream_pieces_if(count: int):
+    """As :func:`load_stream_pieces`, ``(array, index, wanted)``: where not ``wanted``, nothing is read, words are undefined.
+
+    Unlike a branch it leaves the assembler free to ask for the words before work that stands in front of it.
+    """
+    text = f"{{{{.reg .pred p; setp.ne.u32 p, $5, 0; @p {LOAD} {{{{$0, $1, $2, $3}}}}, [$4 + {{}}];}}}}"
+
+    @intrinsic
+    def load(typingctx, array, index, wanted):
+        def generate(context, builder, signature, args):
+            address = _address(context, builder, signature.args[0], *args[:2], GLOBAL)
+            return _pack(builder, _load(builder, count, text, [address, builder.zext(args[2], I32)]))
+
+        return types.UniTuple(types.uint32, 4 * count)(array, types.int64, types.boolean), generate
+
+    return load
+
+
+def _load(builder, count, text, operands):
+    """``count`` loads of four registers, ``text`` being given the distance of each in bytes."""
+    constraints, words = "=r,=r,=r,=r,l" + ",r" * (len(operands) - 1), []
+    for i in range(count):
+        words += _unpack(builder, _assembly(builder, [I32] * 4, text.format(512 * i), constraints, operands, True))
+    return words
