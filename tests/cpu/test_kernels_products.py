@@ -9,7 +9,7 @@ from random_models import ACCURACY, assert_close, inputs, packed
 from tinygptq import threads
 from tinygptq.gptq import Hessian
 from tinygptq.kernels import cpu
-from tinygptq.kernels.cpu_products import DEPTH, GRAM_COLUMNS, HEIGHT, TOKENS
+from tinygptq.kernels.cpu_products import DEPTH, GRAM_COLUMNS, HEIGHT, MANY, TOKENS
 
 
 @pytest.fixture(params=[True, False], ids=["panels", "BLAS"])
@@ -19,7 +19,7 @@ def panels(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("rows", [17, 18, 23, 48, 200, 6 * 32 * 4 + 5])
+@pytest.mark.parametrize("rows", [17, 18, 23, 48, 200, MANY - 1, 2 * MANY + 5])
 @pytest.mark.parametrize(("K", "N"), [(576, 192), (40, 8), (DEPTH + 32, 24), (3 * DEPTH, 40)])
 def test_product_matches_the_definition(panels, rows, K, N):
     layer = packed(K, N, 4, 32, sym=False, perm=True, bias=True)
@@ -35,10 +35,10 @@ def test_every_width_goes_through_panels(panels, bits):
 
 def test_a_product_does_not_depend_on_threads_or_other_rows(monkeypatch):
     monkeypatch.setattr(cpu, "panels_beat_blas", lambda: True)
-    layer, x = packed(2 * DEPTH, 24, 4, 64), inputs(1000, 2 * DEPTH)
+    layer, x = packed(2 * DEPTH, 24, 4, 64), inputs(MANY + 13, 2 * DEPTH)
     together = cpu.linear(x, layer)
     assert np.array_equal(cpu.linear(x[:51], layer), together[:51])
-    for count in (1, 3):
+    for count in (1, 3):  # so many rows on one thread go through in blocks, on three a few at a time
         monkeypatch.setattr(threads, "count", lambda count=count: count)
         assert np.array_equal(cpu.linear(x, layer), together)
 

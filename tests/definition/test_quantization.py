@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from tinygptq.quantization.blocks import quantize_blocks
 from tinygptq.quantization.placement import Host, packed
 from tinygptq.quantization.report import LinearReport
 from tinygptq.quantization.sensitivity import output_matrices
+from tinygptq.quantization.stages import Activations
 from tinygptq.weights import Weights
 
 STAGES = (
@@ -200,3 +202,17 @@ def test_broken_activations_name_the_block(source):
                                                                     source.weights.linears))  # fmt: skip
     with np.errstate(invalid="ignore"), pytest.raises(TinyGPTQError, match="block 1: activations hold NaN"):
         run(broken, QuantizeConfig(4, 32))
+
+
+@pytest.mark.parametrize(("room", "uses", "computed"), [(0, 2, 3), (99, 2, 2), (99, 3, 1), (99, math.inf, 1), (10, 3, 3)])
+def test_activations_are_kept_while_there_is_room_and_use_for_them(room, uses, computed):
+    asked, batch = [], np.ones(8, np.float32)  # 32 bytes
+
+    def compute(i):
+        asked.append(i)
+        return batch * i
+
+    activations = Activations(Host(), 2, compute, room, uses)
+    for _ in range(3):
+        assert [x[0] for x in activations] == [0, 1]
+    assert asked.count(0) == asked.count(1) == computed

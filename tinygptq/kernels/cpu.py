@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 FEW_ROWS = 16  # up to here x goes through the tiles; writing W out pays only for many rows
-SLICE_SLIVERS = 32  # of HEIGHT rows, at least, in a part of a product: all of W goes past each part's rows
+SLICE_SLIVERS = 128  # of HEIGHT rows, at least, in a part of a product: all of W goes past each part's rows
 ATTENTION_SLICES = 16  # of the queries, for each thread
 
 

@@ -2,8 +2,9 @@
 
 Both are tiles of HEIGHT x 16 numbers, summed in registers over panels of 16 columns that lie one after the other (Goto and
 van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008). A few panels stay in the second-level cache while
-the rows go past them, HEIGHT of them in the first. A BLAS does the same for any matrices, which it rearranges first; here W
-is written as panels in the first place, and of x^T x only what is above the diagonal is computed.
+the rows go past them, or a block of rows while panels do, whichever is less to read. A BLAS does the same for any matrices,
+which it rearranges first; here W is written as panels in the first place, and of x^T x only what is above the diagonal is
+computed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from tinygptq.kernels.simd import LANES, fma, get, inner, load_f32, prefetch, re
 
 HEIGHT = 6  # rows whose sums with two vectors of columns fit in AVX2's 16 registers, beside what they are made of
 DEPTH = 1536  # inputs that a tile sums up in one go: longer rows of x would not stay in the first-level cache
-PANELS_BYTES = 1 << 18  # of panels that are used again and again: half of a second-level cache
+FEW_PANELS = 1 << 18  # bytes of panels that few rows go past, one tile's at a time: half of a second-level cache
+MANY = 768  # rows, which go past more panels in blocks instead: reading them again for every few panels would take longer
+PANELS, BLOCK = 2 << 20, 4 * HEIGHT  # bytes of panels, in the third-level cache; rows of a block, in the second
 TOKENS = 512  # of x^T x that a tile sums up in one go
 LONG = TOKENS + 2  # what a sliver of as many takes: its last token is written with numbers to spare
 GRAM_COLUMNS = 48  # of x^T x whose panels stay in the second-level cache, a multiple of HEIGHT and of 16
@@ -63,19 +66,20 @@ def product_of_rows(job, _):
     """
     x, x_stride, rows, inputs, panels = get(job, 1), get(job, 2), get(job, 3), get(job, 4), get(job, 5)
     out, stride = get(job, 7), get(job, 8)
-    parts = (inputs + DEPTH - 1) // DEPTH
-    at_once = max(1, PANELS_BYTES // (4 * COLUMNS * (inputs // parts)))
+    begin, end, parts = get(job, 9), get(job, 10), (inputs + DEPTH - 1) // DEPTH
+    size, together = (PANELS, BLOCK) if end - begin >= MANY else (FEW_PANELS, HEIGHT)
+    at_once = max(1, size // (4 * COLUMNS * (inputs // parts)))
     for part in range(parts):
         start = inputs * part // parts
         depth = inputs * (part + 1) // parts - start
         for first in range(0, get(job, 6), at_once):
-            last = min(first + at_once, get(job, 6))
-            for row in range(get(job, 9), get(job, 10), HEIGHT):
-                begin = min(row, rows - HEIGHT)
-                some, y = x + begin * x_stride + 4 * start, out + begin * stride
-                for n in range(first, last):
+            for block in range(begin, end, together):
+                for n in range(first, min(first + at_once, get(job, 6))):
                     w = panels + 4 * COLUMNS * (n * inputs + start)
-                    tile(some, x_stride, 4, w, depth, y + 4 * COLUMNS * n, stride, row - begin, part > 0)
+                    for i in range(block, min(block + together, end), HEIGHT):
+                        row = min(i, rows - HEIGHT)
+                        some, y = x + row * x_stride + 4 * start, out + row * stride + 4 * COLUMNS * n
+                        tile(some, x_stride, 4, w, depth, y, stride, i - row, part > 0)
 
 
 # ------------------------------------------------------------------------------------------ x^T x

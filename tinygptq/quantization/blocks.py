@@ -103,7 +103,8 @@ def _solve_block_in_stages(
         (GATE_UP, "mlp.down_proj", model.mlp_input, model.mlp_mix),
     )
     for readers, writer, begin, mix in halves:
-        inputs = Activations(place, count, functools.partial(_through, begin, layer, hidden))
+        room, uses = place.room_of_inputs(), 2 if teacher is None else 3  # for the Hessian, for the drift, and to be mixed
+        inputs = Activations(place, count, functools.partial(_through, begin, layer, hidden), room, uses)
         wanted = None if teacher is None else teacher.inputs(readers[0], None)
         cross = _cross(teacher, readers[0], inputs, wanted, hidden)
         yield from _solve(model, layer, readers, inputs, config, place, cross, outputs)

@@ -121,6 +121,10 @@ class Host:
         """Bytes of activations that may be kept while linears with ``width`` inputs are solved."""
         return KEEP_BYTES
 
+    def room_of_inputs(self) -> float:
+        """Bytes that may be kept of a stage's inputs which are but a norm of the residual stream, until they are mixed."""
+        return KEEP_BYTES
+
     def hessian(self, in_features: int) -> Hessian:
         from tinygptq.kernels import cpu  # only here: importing Numba takes a while
 

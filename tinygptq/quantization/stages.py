@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,19 +22,24 @@ class Activations:
     """One stage's activations, batch by batch: computed when first asked for, and kept as far as there is room.
 
     Args:
-        compute: gives batch number i of ``count``. room: bytes that may be kept.
+        compute: gives batch number i of ``count``. room: bytes that may be kept. uses: how often each batch will be asked
+            for, after which it is not kept any longer.
     """
 
-    def __init__(self, place: Host, count: int, compute: Callable[[int], np.ndarray], room: float = 0) -> None:
+    def __init__(
+        self, place: Host, count: int, compute: Callable[[int], np.ndarray], room: float = 0, uses: float = math.inf
+    ) -> None:
         self._count, self._compute, self._clock, self._room = count, compute, place.clock, room
         self._kept: dict[int, np.ndarray] = {}
+        self._left = [uses] * count
 
     def __getitem__(self, i: int) -> np.ndarray:
+        self._left[i] -= 1
         if i in self._kept:
-            return self._kept[i]
+            return self._kept[i] if self._left[i] > 0 else self._kept.pop(i)
         with self._clock("forward"):
             x = self._compute(i)
-        if x.nbytes <= self._room:
+        if x.nbytes <= self._room and self._left[i] > 0:
             self._room -= x.nbytes
             self._kept[i] = x
         return x
