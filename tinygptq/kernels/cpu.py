@@ -18,7 +18,7 @@ from tinygptq import threads
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels import cpu_launch, cpu_tiles
 from tinygptq.kernels.cpu_layout import place_of_rows
-from tinygptq.kernels.cpu_products import GRAM_COLUMNS, HEIGHT, LONG
+from tinygptq.kernels.cpu_products import GRAM_COLUMNS, HEIGHT, LONG, MANY
 from tinygptq.kernels.cpu_rows import STRETCH, TILES_AT_ONCE
 from tinygptq.kernels.cpu_tiles import COLUMNS, FIELDS, UNIT
 from tinygptq.packing import PackedLinear
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 FEW_ROWS = 16  # up to here x goes through the tiles; writing W out pays only for many rows
-SLICE_SLIVERS = 128  # of HEIGHT rows, at least, in a part of a product: all of W goes past each part's rows
+SLICE_SLIVERS = MANY // HEIGHT  # at least, in each of several parts of a product, so that they go past W in blocks
 ATTENTION_SLICES = 16  # of the queries, for each thread
 
 
