@@ -7,7 +7,7 @@ import pytest
 
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq import Hessian
-from tinygptq.gptq.hessian import reordered
+from tinygptq.gptq.hessian import columns_reordered, reordered
 
 
 def activations(*shape: int) -> np.ndarray:
@@ -87,3 +87,10 @@ def test_an_empty_hessian_is_an_error() -> None:
 def test_rows_and_columns_are_reordered_together(size: int) -> None:
     H, order = activations(size, size), np.random.default_rng(2).permutation(size)
     assert np.array_equal(reordered(H, order), H[np.ix_(order, order)])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 600])
+def test_columns_are_reordered_alone(rows: int) -> None:
+    W, order = activations(rows, 1024), np.random.default_rng(2).permutation(1024)
+    reordered_W = columns_reordered(W, order)
+    assert np.array_equal(reordered_W, W[:, order]) and reordered_W.flags.c_contiguous

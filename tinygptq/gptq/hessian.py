@@ -96,10 +96,21 @@ def reordered(H: np.ndarray, order: np.ndarray) -> np.ndarray:
     xp = array_module(H)
     if xp is not np:
         return xp.take(xp.take(H, order, axis=0), order, axis=1)  # CuPy's H[ix_] would make index arrays of its size
-    out = np.empty_like(H)
+    return _taken(H, order, lambda rows: H[order[rows]])
+
+
+def columns_reordered(W: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Columns of W [rows, n] in another order, int [n]: a new array, C-contiguous, which NumPy's ``W[:, order]`` is not."""
+    xp = array_module(W)
+    return _taken(W, order, lambda rows: W[rows]) if xp is np else xp.take(W, order, axis=1)
+
+
+def _taken(like: np.ndarray, order: np.ndarray, some_rows: Callable[[slice], np.ndarray]) -> np.ndarray:
+    """A new array like NumPy's ``like`` of what ``some_rows`` gives, the columns in another order."""
+    out = np.empty(like.shape, like.dtype)
 
     def some(rows: slice) -> None:
-        np.take(H[order[rows]], order, axis=1, out=out[rows], mode="clip")  # any other mode would copy ``out`` first
+        np.take(some_rows(rows), order, axis=1, out=out[rows], mode="clip")  # any other mode would copy ``out`` first
 
-    threads.share(len(H), H.size * TAKING, some)
+    threads.share(len(like), like.size * TAKING, some)
     return out

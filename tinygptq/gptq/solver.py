@@ -25,7 +25,7 @@ import numpy as np
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq.grid import dequantize, find_grid, quantize, search_clip
-from tinygptq.gptq.hessian import reordered
+from tinygptq.gptq.hessian import columns_reordered, reordered
 from tinygptq.ops import array_module
 
 B = 128  # columns in a block (the paper's value); any other gives the same codes but for floating-point rounding
@@ -125,7 +125,7 @@ def solve(
     if factor.perm is None:
         g_idx = column_groups = k_to_group
     else:
-        W = W[:, factor.perm]
+        W = columns_reordered(W, factor.perm)
         importance = None if importance is None else importance[factor.perm]
         column_groups = k_to_group[factor.perm] if config.grids_first else k_to_group
         g_idx = xp.empty_like(column_groups)

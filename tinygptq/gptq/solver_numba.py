@@ -23,7 +23,7 @@ from tinygptq.gptq.solver import Columns
 from tinygptq.threads import alone, share
 
 B = 8  # columns in a block: what `_correct_by_block` holds in registers
-ROWS = 64  # rows in a chunk, of which a core's second-level cache holds some 2,000 columns
+ROWS = 96  # rows in a chunk: large enough for long vector loops, and small LLaMAs' widths give two threads equally many
 LEAF = 96  # Hessians up to this size are factored directly
 STRIP = 96  # rows or columns of a product's strip: narrower ones leave out more of a triangle, but are slower
 
