@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the OpenMP libr
 
 SLICES = 4  # of the rows, for each thread: whoever is done first takes the next, so that none waits long for another ...
 SLICE_ROWS = 512  # ... but no smaller ones: BLAS rearranges the whole right-hand matrix anew for each slice
+SHRINKS = 4  # how many of the smallest slices each thread should have rows for, where slices shrink
 WORTH_SHARING = 1 << 22  # multiplications below which one thread is done before a second has started
 
 
@@ -76,14 +77,18 @@ def total(rows: int, work: int, part: Callable[[slice], np.ndarray]) -> np.ndarr
     return functools.reduce(lambda total, part: np.add(total, part, out=total), ordered)
 
 
-def share(rows: int, work: int, product: Callable[[slice], None], slices: int = 1) -> None:
+def share(rows: int, work: int, product: Callable[[slice], None], slices: int = 1, smallest: int = 0) -> None:
     """Call ``product`` for consecutive slices that cover ``rows``, at once; BLAS runs on one thread meanwhile.
 
-    There are ``slices`` for each thread, or as many as leave each WORTH_SHARING.
+    There are ``slices`` for each thread, or as many as leave each WORTH_SHARING. With ``smallest``, where there are several
+    times as many rows for each thread, slices shrink down to it instead: few of them, and at the end nobody waits for long.
     """
     threads = min(count(), rows) if work >= WORTH_SHARING else 1
-    parts = max(threads, min(rows, threads * slices, work // WORTH_SHARING))
-    bounds = [rows * i // parts for i in range(parts + 1)]
+    if smallest and threads > 1 and rows >= threads * SHRINKS * smallest:
+        bounds = _shrinking(rows, threads, smallest)
+    else:
+        parts = max(threads, min(rows, threads * slices, work // WORTH_SHARING))
+        bounds = [rows * i // parts for i in range(parts + 1)]
     left = iter([slice(start, end) for start, end in itertools.pairwise(bounds)])
 
     def take() -> None:
@@ -95,6 +100,17 @@ def share(rows: int, work: int, product: Callable[[slice], None], slices: int = 
         take()
         for other in others:
             other.result()
+
+
+def _shrinking(rows: int, threads: int, smallest: int) -> list[int]:
+    """Where slices begin, and the end: each takes half of an even share of what is left, but not fewer than ``smallest``.
+
+    (Polychronopoulos and Kuck 1987, guided self-scheduling.)
+    """
+    bounds = [0]
+    while (left := rows - bounds[-1]) > 0:
+        bounds.append(bounds[-1] + min(left, max(smallest, left // (2 * threads))))
+    return bounds
 
 
 _within = threading.local()

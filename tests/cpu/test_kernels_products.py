@@ -35,12 +35,31 @@ def test_every_width_goes_through_panels(panels, bits):
 
 def test_a_product_does_not_depend_on_threads_or_other_rows(monkeypatch):
     monkeypatch.setattr(cpu, "panels_beat_blas", lambda: True)
-    layer, x = packed(2 * DEPTH, 24, 4, 64), inputs(MANY + 13, 2 * DEPTH)
+    layer, x = packed(2 * DEPTH, 24, 4, 64), inputs(3 * MANY + 13, 2 * DEPTH)
     together = cpu.linear(x, layer)
     assert np.array_equal(cpu.linear(x[:51], layer), together[:51])
-    for count in (1, 3):  # so many rows on one thread go through in blocks, on three a few at a time
+    for count in (1, 2, 5):  # one slice, several that shrink, and one for each thread
         monkeypatch.setattr(threads, "count", lambda count=count: count)
         assert np.array_equal(cpu.linear(x, layer), together)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 79, 80, 81, 1000])
+@pytest.mark.parametrize("smallest", [0, 10])
+def test_slices_cover_all_rows_once(monkeypatch, rows, smallest):
+    monkeypatch.setattr(threads, "count", lambda: 2)
+    seen = np.zeros(rows, int)
+
+    def part(some: slice) -> None:
+        seen[some] += 1
+        sizes.append(some.stop - some.start)
+
+    sizes: list[int] = []
+    threads.share(rows, 1 << 30, part, smallest=smallest)
+    assert (seen == 1).all()
+    if smallest and rows >= 80:
+        assert max(sizes) == rows // 4 and sorted(sizes)[1] >= smallest  # all but the last
+    else:
+        assert len(sizes) == min(rows, 2)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, TOKENS - 1, TOKENS, TOKENS + 1, 2500])

@@ -18,7 +18,7 @@ from tinygptq import threads
 from tinygptq.errors import TinyGPTQError
 from tinygptq.kernels import cpu_launch, cpu_tiles
 from tinygptq.kernels.cpu_layout import place_of_rows
-from tinygptq.kernels.cpu_products import GRAM_COLUMNS, HEIGHT, LONG, MANY
+from tinygptq.kernels.cpu_products import GRAM_COLUMNS, HEIGHT, LONG
 from tinygptq.kernels.cpu_rows import STRETCH, TILES_AT_ONCE
 from tinygptq.kernels.cpu_tiles import COLUMNS, FIELDS, UNIT
 from tinygptq.packing import PackedLinear
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 FEW_ROWS = 16  # up to here x goes through the tiles; writing W out pays only for many rows
-SLICE_SLIVERS = MANY // HEIGHT  # at least, in each of several parts of a product, so that they go past W in blocks
+SLICE_SLIVERS = 34  # some 200 rows: the smallest slice of a product of many, which takes a few milliseconds
 ATTENTION_SLICES = 16  # of the queries, for each thread
 
 
@@ -270,9 +270,7 @@ def _through_panels(x: np.ndarray, weights: CpuLinear) -> np.ndarray:
         job = (x, x.strides[0], rows, inputs, W, panels, out, out.strides[0], *stretch)
         cpu_launch.run_here(cpu_launch.PRODUCT, slice(0, 1), *job)
 
-    slivers = -(-rows // HEIGHT)
-    slices = max(1, slivers // (SLICE_SLIVERS * threads.count()))
-    threads.share(slivers, x.size * outputs, part, slices=slices)
+    threads.share(-(-rows // HEIGHT), x.size * outputs, part, smallest=SLICE_SLIVERS)
     return np.ascontiguousarray(out[:, :outputs])
 
 

@@ -17,7 +17,7 @@ from tinygptq.kernels.simd import LANES, fma, get, inner, load_f32, prefetch, re
 HEIGHT = 6  # rows whose sums with two vectors of columns fit in AVX2's 16 registers, beside what they are made of
 DEPTH = 1536  # inputs that a tile sums up in one go: longer rows of x would not stay in the first-level cache
 FEW_PANELS = 1 << 18  # bytes of panels that few rows go past, one tile's at a time: half of a second-level cache
-MANY = 768  # rows, which go past more panels in blocks instead: reading them again for every few panels would take longer
+MANY = 768  # rows of x, which go past more panels in blocks: reading them again for every few panels would take longer
 PANELS, BLOCK = 2 << 20, 4 * HEIGHT  # bytes of panels, in the third-level cache; rows of a block, in the second
 TOKENS = 512  # of x^T x that a tile sums up in one go
 LONG = TOKENS + 2  # what a sliver of as many takes: its last token is written with numbers to spare
@@ -67,7 +67,7 @@ def product_of_rows(job, _):
     x, x_stride, rows, inputs, panels = get(job, 1), get(job, 2), get(job, 3), get(job, 4), get(job, 5)
     out, stride = get(job, 7), get(job, 8)
     begin, end, parts = get(job, 9), get(job, 10), (inputs + DEPTH - 1) // DEPTH
-    size, together = (PANELS, BLOCK) if end - begin >= MANY else (FEW_PANELS, HEIGHT)
+    size, together = (PANELS, BLOCK) if rows >= MANY else (FEW_PANELS, HEIGHT)
     at_once = max(1, size // (4 * COLUMNS * (inputs // parts)))
     for part in range(parts):
         start = inputs * part // parts
