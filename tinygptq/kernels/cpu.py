@@ -287,7 +287,7 @@ def gram(x: np.ndarray) -> np.ndarray:
     if not len(x) or not panels_beat_blas():
         return threads.gram(x)
     x, width = np.ascontiguousarray(x), x.shape[1]
-    high, wide = -(-width // HEIGHT) * HEIGHT, -(-width // COLUMNS) * COLUMNS
+    high, wide = -(-width // HEIGHT) * HEIGHT, (-(-width // COLUMNS) + 1) * COLUMNS  # rows in different sets of a cache
 
     def part(some: slice) -> np.ndarray:
         out, room = _aligned(high, wide), _room(LONG * (width + 2 * GRAM_COLUMNS))
@@ -295,7 +295,10 @@ def gram(x: np.ndarray) -> np.ndarray:
         cpu_launch.run_here(cpu_launch.GRAM, slice(0, 1), *job)
         return out[:width, :width]
 
-    return threads.total(len(x), x.size * width // 2, part)
+    with np.errstate(all="ignore"):  # what is below the diagonal may be anything yet
+        total = threads.total(len(x), x.size * width // 2, part)
+    cpu_launch.run(cpu_launch.MIRROR, -(-width // COLUMNS), total, total.strides[0], width)
+    return total
 
 
 def widened(layer: DenseLinear) -> np.ndarray:

@@ -25,7 +25,7 @@ log = logging.getLogger("tinygptq")
 
 # What a job does; its other numbers are named where they are read
 DECODE, REPACK, INTEGERS, TILES, DEQUANTIZE, WIDEN = range(6)
-RMS_NORM, SWIGLU, ROPE, LAY_OUT, ATTEND, PRODUCT, GRAM = range(6, 13)
+RMS_NORM, SWIGLU, ROPE, LAY_OUT, ATTEND, PRODUCT, GRAM, MIRROR = range(6, 14)
 
 
 def run(op: int, parts: int, *numbers: int | np.ndarray, number: float = 0.0) -> None:
@@ -110,5 +110,7 @@ def _compile(sources: int):
             cpu_products.product_of_rows(job, part)
         elif op == GRAM:
             cpu_products.gram_of_tokens(job, part)
+        elif op == MIRROR:
+            cpu_products.mirror(job, part)
 
     return run_part

@@ -87,7 +87,7 @@ def product_of_rows(job, _):
 
 @inner
 def gram_of_tokens(job, _):
-    """x^T x of a stretch of tokens: what is above the diagonal, and then the rest from it.
+    """x^T x of a stretch of tokens: what is on and above the diagonal (:func:`mirror` fills in the rest).
 
     Job: op, x [T, K], its stride, T, K, out float32 [K, K], its sides rounded up to HEIGHT and 16, its stride, room for
     float32 [K rounded up to GRAM_COLUMNS, LONG] and then [GRAM_COLUMNS, TOKENS].
@@ -105,7 +105,6 @@ def gram_of_tokens(job, _):
                 for j in range(max(begin, i // COLUMNS * COLUMNS), end, COLUMNS):
                     panel = panels + 4 * (j - begin) * TOKENS
                     tile(sliver, 4, 4 * HEIGHT, panel, count, row + 4 * j, stride, 0, start > 0)
-    _mirror(out, stride, width)
 
 
 @inner
@@ -114,7 +113,8 @@ def _rearrange(x, stride, tokens, begin, width, slivers, panels):
     x += 4 * begin
     for t in range(tokens):
         sliver, panel = slivers + 4 * HEIGHT * t, panels + 4 * COLUMNS * t
-        if begin + GRAM_COLUMNS + LANES <= width:
+        # eight numbers are read for the last six of a sliver: of the last token there may be none behind them
+        if begin + GRAM_COLUMNS <= width and (t + 1 < tokens or begin + GRAM_COLUMNS + LANES <= width):
             for i in range(0, GRAM_COLUMNS, HEIGHT):  # of each eight numbers, the next token overwrites two
                 store_f32(sliver + 4 * i * LONG, load_f32(x + 4 * i))
             for i in range(0, GRAM_COLUMNS, COLUMNS):
@@ -129,11 +129,14 @@ def _rearrange(x, stride, tokens, begin, width, slivers, panels):
 
 
 @inner
-def _mirror(matrix, stride, count):
-    """What is above the diagonal of a square matrix to below it, 16 rows and columns at a time."""
-    for first in range(0, count, COLUMNS):
-        last = min(first + COLUMNS, count)
-        for column in range(0, last, COLUMNS):
-            for i in range(first, last):
-                for j in range(column, min(column + COLUMNS, i)):
-                    write_f32(matrix + i * stride + 4 * j, read_f32(matrix + j * stride + 4 * i))
+def mirror(job, part):
+    """COLUMNS columns of a square matrix, down to the diagonal, to the rows of these numbers.
+
+    Job: op, matrix float32, its stride, its size.
+    """
+    matrix, stride, first = get(job, 1), get(job, 2), part * COLUMNS
+    last = min(first + COLUMNS, get(job, 3))
+    for column in range(0, last, COLUMNS):
+        for i in range(first, last):
+            for j in range(column, min(column + COLUMNS, i)):
+                write_f32(matrix + i * stride + 4 * j, read_f32(matrix + j * stride + 4 * i))
