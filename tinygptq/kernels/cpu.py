@@ -349,10 +349,10 @@ def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     sizes = (groups, share, tokens, seen, dim, keys, values)
 
     def attend(some: slice) -> None:
-        room = np.empty((share * HEIGHT, dim + long + wide), np.float32)
+        room = np.empty((HEIGHT, dim + long + COLUMNS + wide), np.float32)
         cpu_launch.run_here(cpu_launch.ATTEND, some, q, *q.strides[:3], out, *sizes, room)
 
-    parts = batch * groups * -(-tokens // HEIGHT)
+    parts = batch * heads * -(-tokens // HEIGHT)
     threads.share(parts, 2 * q.size * seen, attend, slices=ATTENTION_SLICES)
     return out
 

@@ -36,6 +36,20 @@ def softmax_row(scores, count):
 
 
 @inner
+def exponentials(scores, count):
+    """``exp(score - largest)`` in place of ``count`` float32, a multiple of LANES; returns their sum, to divide by."""
+    top = splat(-np.inf)
+    for i in range(0, count, LANES):
+        top = simd.larger(load_f32(scores + 4 * i), top)
+    sums, shift = splat(0.0), splat(simd.largest(top))
+    for i in range(0, count, LANES):
+        e = simd.exp(load_f32(scores + 4 * i) - shift)
+        sums = sums + e
+        store_f32(scores + 4 * i, e)
+    return simd.total(sums)
+
+
+@inner
 def attend(q, keys, values, count, dim, scores, out):
     """One head of one query: ``out [D] = softmax(q . keys[t]) @ values``; all arguments but two are addresses.
 

@@ -1,18 +1,19 @@
 """Attention of many queries on the CPU: the vector code. Arguments are jobs of int64 (see cpu.py), strides in bytes.
 
-HEIGHT queries of each head that shares a group's keys go through together: their scores, softmax and mixture of values stay
-in a core's cache, and of the keys those that a query may not see are not looked at. Keys and values are laid out anew
-first, so that 16 numbers that are multiplied by the same one lie side by side.
+HEIGHT queries of a head go through together: their scores, softmax and mixture of values stay in a core's first-level
+cache, the keys and values that the heads of a group share in the second, and of the keys those that a query may not see are
+not looked at. Keys and values are laid out anew first, so that 16 numbers that are multiplied by the same one lie side by
+side.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from tinygptq.kernels.cpu_attention import softmax_row
+from tinygptq.kernels.cpu_attention import exponentials
 from tinygptq.kernels.cpu_products import HEIGHT, tile
 from tinygptq.kernels.cpu_tiles import COLUMNS
-from tinygptq.kernels.simd import get, inner, read_f32, write_f32
+from tinygptq.kernels.simd import LANES, get, inner, load_f32, read_f32, splat, store_f32, write_f32
 
 
 @inner
@@ -36,9 +37,13 @@ def lay_out(job, part, scale):
             keys += 4 * COLUMNS
     for first in range(0, dim, COLUMNS):
         for s in range(seen):
-            for i in range(COLUMNS):
-                d = first + i
-                write_f32(values + 4 * i, read_f32(v + s * get(job, 8) + 4 * d) if d < dim else np.float32(0.0))
+            row = v + s * get(job, 8) + 4 * first
+            if first + COLUMNS <= dim:
+                store_f32(values, load_f32(row))
+                store_f32(values + 32, load_f32(row + 32))
+            else:
+                for i in range(COLUMNS):
+                    write_f32(values + 4 * i, read_f32(row + 4 * i) if first + i < dim else np.float32(0.0))
             values += 4 * COLUMNS
 
 
@@ -50,39 +55,46 @@ def _padded(count):
 
 @inner
 def attend_part(job, part):
-    """HEIGHT queries of the heads of one group; a group's last queries, whose work is the most, come first.
+    """HEIGHT queries of one head. A group's last queries, whose work is the most, come first; its heads follow one another.
 
     Job: op, q [B, H, T, D], strides of B, H, T, out float32 [B, T, H, D], G, heads a group, T, S, D, keys, values
-    (:func:`lay_out`); room for float32 [heads a group * HEIGHT, D + S + D, the last two rounded up], for one caller.
+    (:func:`lay_out`); room for float32 [HEIGHT, D + S + 16 + D], the last D and S rounded up, for one caller.
     """
     groups, share, tokens, seen, dim = get(job, 6), get(job, 7), get(job, 8), get(job, 9), get(job, 10)
-    blocks, rows = (tokens + HEIGHT - 1) // HEIGHT, share * HEIGHT
-    pair, first = part // blocks, HEIGHT * (blocks - 1 - part % blocks)
-    b, g, count = pair // groups, pair % groups, min(HEIGHT, tokens - first)
+    blocks = (tokens + HEIGHT - 1) // HEIGHT
+    pair, rest = part // (blocks * share), part % (blocks * share)
+    b, head, first = pair // groups, pair % groups * share + rest % share, HEIGHT * (blocks - 1 - rest // share)
+    count, q_stride = min(HEIGHT, tokens - first), get(job, 4)
     keys = get(job, 11) + pair * 4 * _padded(seen) * dim
     values = get(job, 12) + pair * 4 * _padded(dim) * seen
-    queries, scores = get(job, 13), get(job, 13) + 4 * rows * dim
-    mixed, visible = scores + 4 * rows * _padded(seen), seen - tokens + first + count
-    for i in range(rows):
-        row = get(job, 1) + b * get(job, 2) + (g * share + i // HEIGHT) * get(job, 3) + (first + i % HEIGHT) * get(job, 4)
-        for d in range(dim):
-            write_f32(queries + 4 * (i * dim + d), read_f32(row + 4 * d) if i % HEIGHT < count else np.float32(0.0))
-    stride = 4 * _padded(seen)
-    for s in range(0, visible, COLUMNS):
-        for i in range(0, rows, HEIGHT):
-            at = scores + stride * i + 4 * s
-            tile(queries + 4 * dim * i, 4 * dim, 4, keys + 4 * dim * s, dim, at, stride, 0, False)
-    for i in range(rows):
-        sees = min(seen - tokens + first + i % HEIGHT + 1, visible)
-        softmax_row(scores + stride * i, sees)
-        for s in range(sees, visible):
-            write_f32(scores + stride * i + 4 * s, np.float32(0.0))
+    queries, stride = (
+        get(job, 13),
+        4 * (_padded(seen) + COLUMNS),
+    )  # rows in different sets of a cache
+    scores, visible = queries + 4 * HEIGHT * dim, seen - tokens + first + count
+    mixed, wide = scores + HEIGHT * stride, _padded(visible)
+    row = get(job, 1) + b * get(job, 2) + head * get(job, 3) + first * q_stride
+    for i in range(HEIGHT):
+        _scaled(row + min(i, count - 1) * q_stride, dim, np.float32(1.0), queries + 4 * dim * i)
+    for s in range(0, wide, COLUMNS):
+        tile(queries, 4 * dim, 4, keys + 4 * dim * s, dim, scores + 4 * s, stride, 0, False)
+    for i in range(count):  # what a query may not see
+        for s in range(visible - count + i + 1, wide):
+            write_f32(scores + stride * i + 4 * s, np.float32(-np.inf))
+    out, step = get(job, 5) + 4 * dim * ((b * tokens + first) * groups * share + head), 4 * dim * groups * share
+    for i in range(count):  # the sums, by which D numbers are divided later and not S now, where the queries were
+        write_f32(queries + 4 * i, exponentials(scores + stride * i, wide))
     for d in range(0, dim, COLUMNS):
-        for i in range(0, rows, HEIGHT):
-            at = mixed + 4 * (_padded(dim) * i + d)
-            tile(scores + stride * i, stride, 4, values + 4 * seen * d, visible, at, 4 * _padded(dim), 0, False)
-    for i in range(rows):
-        if i % HEIGHT < count:
-            out = get(job, 5) + 4 * dim * ((b * tokens + first + i % HEIGHT) * groups * share + g * share + i // HEIGHT)
-            for d in range(dim):
-                write_f32(out + 4 * d, read_f32(mixed + 4 * (_padded(dim) * i + d)))
+        tile(scores, stride, 4, values + 4 * seen * d, visible, mixed + 4 * d, 4 * _padded(dim), 0, False)
+    for i in range(count):
+        _scaled(mixed + 4 * _padded(dim) * i, dim, np.float32(1.0) / read_f32(queries + 4 * i), out + step * i)
+
+
+@inner
+def _scaled(x, count, scale, out):
+    """``out = x * scale`` for ``count`` float32."""
+    whole = count // LANES * LANES
+    for i in range(0, whole, LANES):
+        store_f32(out + 4 * i, load_f32(x + 4 * i) * splat(scale))
+    for i in range(whole, count):
+        write_f32(out + 4 * i, read_f32(x + 4 * i) * scale)
