@@ -57,7 +57,7 @@ def _factor_into(Hinv: np.ndarray, H: np.ndarray, smallest: float) -> None:
         return
     h = n // 2
     A, C, P, corner, Y = H[:h, :h], H[:h, h:], Hinv[:h, :h], Hinv[:h, h:], Hinv[h:, h:]
-    S, SY, rest = np.empty((h, n - h)), np.empty((h, n - h)), np.zeros((h, h))
+    S, minus_SY, rest = np.empty((h, n - h)), np.empty((h, n - h)), np.zeros((h, h))
     _factor_into(Y, H[h:, h:], smallest)
 
     def multiply_by_Y_transposed(j: int, k: int) -> None:
@@ -67,10 +67,10 @@ def _factor_into(Hinv: np.ndarray, H: np.ndarray, smallest: float) -> None:
         np.subtract(A[j:k, j:], S[j:k] @ S[j:].T, out=rest[j:k, j:])
 
     def multiply_by_Y(j: int, k: int) -> None:
-        np.matmul(S[:, :k], Y[:k, j:k], out=SY[:, j:k])
+        np.negative(np.matmul(S[:, :k], Y[:k, j:k]), out=minus_SY[:, j:k])
 
     def multiply_by_P(j: int, k: int) -> None:
-        np.matmul(P[j:k, j:], -SY[j:], out=corner[j:k])
+        np.matmul(P[j:k, j:], minus_SY[j:], out=corner[j:k])
 
     _by_strips(n - h, multiply_by_Y_transposed)
     _by_strips(h, subtract_square)
