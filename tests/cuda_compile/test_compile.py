@@ -23,11 +23,11 @@ from tinygptq.kernels.cuda.launch import assemble
 WORDS, HALVES, FLOATS, COUNTS = (types.Array(t, 1, "C") for t in (types.uint32, types.float16, types.float32, types.int32))
 ROWS = types.Array(types.float16, 2, "C")
 STREAM = "ld.global.nc.L1::no_allocate.L2::128B.v4.u32"
-MATMULS = (  # capability, bits, group size, zero point or None, row tiles
-    ((8, 0), 4, 128, 8, 4),
-    ((8, 6), 3, 64, None, 4),
-    ((8, 9), 8, 128, 128, 4),
-    ((9, 0), 2, 32, 2, 4),
+MATMULS = (  # capability, bits, group size, zero point or None, row tiles, teams
+    ((8, 0), 4, 128, 8, 4, 1),
+    ((8, 6), 3, 64, None, 4, 2),
+    ((8, 9), 8, 128, 128, 4, 1),
+    ((9, 0), 2, 32, 2, 4, 2),
 )
 
 
@@ -67,15 +67,16 @@ def test_dequantise(bits, group_size, zero):
     assert count(ptx, "mul.rn.f16x2") == 64
 
 
-@pytest.mark.parametrize("capability,bits,group_size,zero,row_tiles", MATMULS)
-def test_matmul(capability, bits, group_size, zero, row_tiles):
-    kernel = matmul.matmul_kernel(bits, group_size, zero, row_tiles)
-    arguments = (ROWS, WORDS, WORDS, WORDS, types.int64, types.int64, ROWS, FLOATS, COUNTS)
-    ptx = to_ptx(kernel, arguments, capability)
+@pytest.mark.parametrize("capability,bits,group_size,zero,row_tiles,teams", MATMULS)
+def test_matmul(capability, bits, group_size, zero, row_tiles, teams):
+    kernel = matmul.matmul_kernel(bits, group_size, zero, row_tiles, teams)
+    ptx = to_ptx(kernel, (*(types.int64,) * 7, ROWS, types.int64, COUNTS), capability)
     assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == 4 * 4 * row_tiles  # units, steps and tiles
     assert count(ptx, "cp.async.cg.shared.global") >= 2
     assert count(ptx, STREAM) == 2 * bits  # the first chunk's words, and the next one's
     assert not count(ptx, "st.local")  # the sums stay in registers
+    assert count(ptx, "barrier.sync.aligned") == 2 * (teams - 1)  # a team waits for itself alone, once for each stage
+    assert count(ptx, "atom.acq_rel.gpu") == 2 and count(ptx, "ld.acquire.gpu")  # splits wait for each other
 
 
 @pytest.mark.parametrize("bits,group_size,zero,wide", [(4, 128, 8, False), (3, 32, None, True), (8, 64, None, False)])
@@ -120,6 +121,7 @@ MATVECS = (  # capability, bits, group size, zero point or None, row tiles, plan
     ((8, 6), 3, 32, None, 1, matvec.Plan(16, sets=1), {"ragged": True}),
     ((8, 9), 2, 64, 2, 2, matvec.Plan(4, resident=3), {"wide_scales": True}),
     ((9, 0), 4, 128, 8, 1, matvec.Plan(5, resident=3), {}),
+    ((9, 0), 4, 128, 8, 1, matvec.Plan(2, resident=6, apart=True), {}),
     ((9, 0), 4, 128, None, 2, matvec.Plan(16, short=True, slots=2), {}),
 )
 ADDRESSES = (types.int64,) * 6  # of codes, scales, x and zeros, and two numbers

@@ -106,9 +106,11 @@ def test_a_plan_covers_all_of_y_and_k_and_fits(rows, columns, inner, multiproces
     chunks = -(-inner // 128)
     assert plan.grid[0] * matmul.BLOCK_COLUMNS >= columns
     assert plan.grid[1] * 8 * plan.row_tiles >= rows
-    assert (plan.grid[2] - 1) * plan.chunks_each < chunks <= plan.grid[2] * plan.chunks_each  # and no split is empty
+    teams = plan.grid[2] * plan.teams
+    assert (teams - 1) * plan.chunks_each < chunks <= teams * plan.chunks_each  # and no team has nothing
     if plan.grid[2] > 1:  # splits wait for each other, so all blocks must be on the card at once
-        assert plan.tiles * plan.grid[2] <= matmul.RESIDENT[plan.row_tiles] * multiprocessors
+        assert plan.tiles * plan.grid[2] <= (matmul.RESIDENT if plan.teams == 1 else 1) * multiprocessors
+    assert plan.shared_bytes <= 99 << 10  # which a block can have from compute capability 8.6 on, 8.0 more
 
 
 @pytest.mark.parametrize("inner,columns", [(4096, 4096), (4096, 22016), (11008, 4096), (28672, 8192), (32, 8), (160, 80000)])

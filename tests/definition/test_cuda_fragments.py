@@ -132,6 +132,16 @@ def test_a_warp_multiplies_its_registers_to_the_right_product(bits, k, group_siz
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_word_is_finished_once_and_not_needed_after_that(bits):
+    finished = [layout.finished_words(bits, unit) for unit in range(4)]
+    assert sorted(sum(finished, ())) == list(range(bits))
+    for unit in range(4):
+        places = [layout.place_of(bits, unit, pair) for pair in range(4)]
+        needed = set(range(bits)) if None in places else {word for word, _ in places}
+        assert needed.isdisjoint(sum(finished[:unit], ()))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_layout_keeps_the_size(bits):
     linear = random_linear(np.random.default_rng(bits), 256, 64, bits, 64)
     layer = layout.to_device(linear, array=np.asarray)

@@ -47,11 +47,12 @@ def test_splits_give_the_same_sum_every_time(monkeypatch):
     device, x = to_device(packed), cupy().asarray(random_rows(rng, 40, 4096))
     exact, found = exact_product(x.get(), packed), matmul.plan(40, 136, 4096, multiprocessors())
     assert found.grid[2] > 1
-    for each in (found.chunks_each, 3, 5, 9, 16):  # 11, 7, 4 and 2 splits: all remainders of a division by four
-        plan = matmul.Plan(found.row_tiles, (*found.grid[:2], -(-32 // each)), each)
+    # 11, 7, 4 and 2 splits: all remainders of a division by four; with two teams 1, 2, 3 and 8
+    for each, teams in ((found.chunks_each, 1), (3, 1), (5, 1), (9, 1), (16, 1), (16, 2), (9, 2), (6, 2), (2, 2)):
+        plan = matmul.Plan(found.row_tiles, (*found.grid[:2], -(-32 // (each * teams))), each, teams)
         monkeypatch.setattr(matmul, "plan", lambda *args, plan=plan: plan)
         first = dispatch.linear(x, device, kernel="matmul").get()
-        assert relative_error(first, exact) <= 2e-3, each
+        assert relative_error(first, exact) <= 2e-3, plan
         for _ in range(20):
             np.testing.assert_array_equal(dispatch.linear(x, device, kernel="matmul").get(), first)
 

@@ -152,7 +152,7 @@ def multiply_rows(
     plan = matvec.plan(*sizes, multiprocessors(), shared_memory())
     special = {"ragged": x.shape[1] % ROWS != 0, "wide_scales": layer.scales.dtype.itemsize == 4, "epilogue": epilogue}
     kernel = matvec.matvec_kernel(layer.bits, layer.group_size, layer.zero, row_tiles, plan, **special)
-    codes, scales, zeros = (0 if array is None else array.data.ptr for array in (layer.codes, layer.scales, layer.zeros))
+    codes, scales, zeros = _addresses(layer)
     arguments = codes, scales, x.shape[1], layer.scales.shape[1], x.data.ptr, zeros, y, extra
     at_launch = {"dependent": dependent, "shared_bytes": ring_bytes(plan.warps, x.shape[0], plan.slots)}
     kernel(strips, 32 * plan.warps, stream, *arguments, **at_launch)
@@ -161,10 +161,12 @@ def multiply_rows(
 def _run_matmul(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
     plan = matmul.plan(*out.shape, layer.in_features, multiprocessors())
     wide = {"wide_scales": layer.scales.dtype.itemsize == 4, "wide_out": out.dtype.itemsize == 4}
-    kernel = matmul.matmul_kernel(layer.bits, layer.group_size, layer.zero, plan.row_tiles, **wide)
+    kernel = matmul.matmul_kernel(layer.bits, layer.group_size, layer.zero, plan.row_tiles, plan.teams, **wide)
     sums, arrived = _sums_workspace(plan.sums), _arrived_workspace(2 * plan.tiles)
-    groups = layer.scales.shape[1]
-    kernel(plan.grid, matmul.THREADS, stream, x, *_words(layer), groups, plan.chunks_each, out, sums, arrived)
+    codes, scales, zeros = _addresses(layer)
+    numbers = layer.in_features, layer.scales.shape[1], plan.chunks_each
+    arguments = codes, scales, *numbers, x.data.ptr, zeros, out, sums.data.ptr, arrived
+    kernel(plan.grid, matmul.THREADS * plan.teams, stream, *arguments, shared_bytes=plan.shared_bytes)
 
 
 def _run_warpgroup(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
@@ -222,6 +224,12 @@ def dequantised(
     where = layer.codes.shape[1], first_strip, first_chunk
     kernel(grid, block, stream, *_words(layer), layer.scales.shape[1], *where, weight)
     return weight
+
+
+def _addresses(layer: DeviceLinear) -> tuple[int, int, int]:
+    """Of codes, scales and zeros, 0 where there are none."""
+    codes, scales, zeros = (0 if array is None else array.data.ptr for array in (layer.codes, layer.scales, layer.zeros))
+    return codes, scales, zeros
 
 
 _flat: weakref.WeakKeyDictionary[DeviceLinear, tuple[Any, Any, Any]] = weakref.WeakKeyDictionary()

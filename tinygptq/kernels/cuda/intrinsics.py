@@ -35,6 +35,17 @@ def arrive(typingctx, array, index):
     return types.int32(array, types.int64), generate
 
 
+@intrinsic
+def load_acquire(typingctx, array, index):
+    """An int32 of global memory that others add to with :func:`arrive`: ld.acquire.gpu; from sm_70."""
+
+    def generate(context, builder, signature, args):
+        address = _address(context, builder, signature.args[0], *args, GLOBAL)
+        return _assembly(builder, I32, "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [address], True)
+
+    return types.int32(array, types.int64), generate
+
+
 def _load_tiles(variant: str):
     """The function ``(array, index)`` -> four uint32: ldmatrix.x4, with or without ``.trans``."""
 

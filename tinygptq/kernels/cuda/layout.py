@@ -97,6 +97,13 @@ def place_of(bits: int, unit: int, pair: int) -> tuple[int, int] | None:
     return word, bits * place
 
 
+def finished_words(bits: int, unit: int) -> tuple[int, ...]:
+    """The words of a column of which this is the last unit that needs them."""
+    places = [[place_of(bits, u, pair) for pair in range(4)] for u in range(4)]
+    needed = [set(range(bits)) if None in found else {place[0] for place in found} for found in places]
+    return tuple(sorted(needed[unit].difference(*needed[unit + 1 :])))
+
+
 def strips(table: Any, groups: int) -> Any:
     """[at most ``groups``, N] -> [S, groups, 32], padded with zeros."""
     padded = np.pad(table, ((0, groups - table.shape[0]), (0, -table.shape[1] % COLUMNS)))

@@ -15,6 +15,8 @@ What limits it is how soon the first bytes are on their way, and how many at onc
   to be there first: the copy waits for memory, and so do the loads behind it.
 - Whether there is a next chunk is asked by each load (a predicate), not by a branch: behind a branch no load comes before
   the products in front of it. So the assembler asks for the next words as soon as a unit of the last ones is unpacked.
+- Blocks of two warps do not all begin with their strip's first chunk, where ``Plan.apart``: they would go through K side by
+  side, all asking for the same few lines of x, and for weights a whole strip apart.
 - The end is short, and a loop: it runs once, and code that runs once is waited for.
 - x comes by another road, and its sums are taken when it is there, while weights still are not.
 """
@@ -37,6 +39,8 @@ from tinygptq.kernels.cuda.streams import load_stream_pieces_if
 from tinygptq.kernels.cuda.tables import device_function, scale_floats, table_reader, zero_floats
 
 PITCH = STRIP + 4  # floats between rows of the sums in shared memory: lanes of a warp fall on different banks
+TURN_BITS, STEP = 5, 5  # blocks begin at one of 32 places in K, neighbours 5 of them apart
+TURNS = 1 << TURN_BITS
 MOST_WARPS = 16  # of a block
 RESERVED = 1 << 10  # bytes of shared memory that the system takes for each block
 
@@ -84,6 +88,7 @@ class Plan:
         short: no warp has more than two chunks, and there is no code for more, which is less to fetch before it can run.
         slots: chunks in a warp's ring of x. In one of three there is a free slot, which can be filled at once; in one of two
             all lanes must have read theirs before.
+        apart: blocks begin with different chunks of their strips, and come to the first ones last.
     """
 
     warps: int
@@ -91,6 +96,7 @@ class Plan:
     sets: int = 2
     short: bool = False
     slots: int = 3
+    apart: bool = False
 
     def shared_bytes(self, row_tiles: int) -> int:
         """What a block takes of a multiprocessor's shared memory."""
@@ -114,7 +120,7 @@ def plan(strips: int, inner: int, row_tiles: int, bits: int, group_size: int, mu
         warps, resident = 5 if (bits, row_tiles, sets) == (4, 1, 2) else 4, 3
     else:
         warps, resident = (4, 3) if bits == 8 else (2, 6)
-    return _fitting(Plan(min(warps, chunks), resident, sets), chunks, row_tiles, shared)
+    return _fitting(Plan(min(warps, chunks), resident, sets, apart=each > 3 and sets == 2), chunks, row_tiles, shared)
 
 
 def _fitting(plan: Plan, chunks: int, row_tiles: int, shared: int) -> Plan:
@@ -124,6 +130,25 @@ def _fitting(plan: Plan, chunks: int, row_tiles: int, shared: int) -> Plan:
     while plan.shared_bytes(row_tiles) > shared:
         plan = replace(plan, warps=plan.warps - 1)
     return replace(plan, short=plan.short and chunks <= 2 * plan.warps)
+
+
+class Source(NamedTuple):
+    """Where a lane finds its strip's weights: three addresses, and what there is of int32.
+
+    Attributes:
+        codes, scales, zeros: as the kernel's.
+        codes_at, table: its first word of chunk 0, and its place among the scales of group 0.
+        last: the strip's last chunk.
+        turn: the chunk that comes first, where ``Plan.apart``.
+    """
+
+    codes: Any
+    scales: Any
+    zeros: Any
+    codes_at: Any
+    table: Any
+    last: Any
+    turn: Any
 
 
 @functools.cache
@@ -155,8 +180,14 @@ def matvec_kernel(
     """
     warps, tile_rows, chunk_words = plan.warps, 8 * row_tiles, bits * CHUNK
     partial_size = warps * tile_rows * PITCH
-    fetch = _weights_reader(bits, group_size, zero, wide_scales)
-    locate, copy, take = ring(row_tiles, plan.slots, ragged or plan.short)
+    chunk_at = _order(plan.apart)
+    fetch = _weights_reader(bits, group_size, zero, wide_scales, chunk_at)
+    locate, copy_chunk, take = ring(row_tiles, plan.slots, ragged or plan.short)
+
+    @device_function
+    def copy(shared, place, source, x, step, slot):
+        copy_chunk(shared, place, x, chunk_at(source, step), np.int32(source.last + 1), slot)
+
     multiply_chunks = _run(
         plan, fetch, copy, take, _chunk_product(bits, group_size, zero, row_tiles, wide_scales), tile_rows
     )
@@ -172,7 +203,8 @@ def matvec_kernel(
         chunks = np.int32(inner + CHUNK - 1 >> 7)
         codes_at = np.int32(strip * chunks * chunk_words + 4 * lane)
         table = np.int32(strip * groups * STRIP + 4 * (lane >> 2))
-        source = codes, scales, zeros, codes_at, table, np.int32(chunks - 1)
+        turn = np.int32((STEP * strip & TURNS - 1) * chunks >> TURN_BITS)
+        source = Source(codes, scales, zeros, codes_at, table, np.int32(chunks - 1), turn)
 
         # weights, which no kernel writes, before the kernels in front of this one have ended; x after
         weights = fetch(source, warp, True)
@@ -180,8 +212,8 @@ def matvec_kernel(
         place = locate(rows, inner)
         wait_for_dependencies()
         known = read(warp, strip, lane, y, extra) if warp < rows else nothing  # for the row that this warp will finish first
-        copy(shared, place, x, warp, chunks, 0)
-        copy(shared, place, x, np.int32(warp + warps), chunks, 1)
+        copy(shared, place, source, x, warp, 0)
+        copy(shared, place, source, x, np.int32(warp + warps), 1)
         total = multiply_chunks(source, weights, shared, place, x, warp, chunks)
         leave(partial, (warp * tile_rows + 2 * (lane & 3)) * PITCH + 4 * (lane >> 2), total)
         finish(partial, strip, rows, y, extra, known)
@@ -194,16 +226,16 @@ def _run(plan, fetch, copy, take, multiply_chunk, tile_rows):
     warps, slots, no_sums = plan.warps, plan.slots, (np.float32(0),) * tile_rows
 
     @device_function
-    def multiply(total, weights, shared, place, x, slot, ahead, chunks):
+    def multiply(total, weights, shared, place, source, x, slot, ahead):
         """With the chunk of x in a slot; chunk ``ahead`` starts on its way to the slot that is free."""
         copy_async_wait(1)
         cuda.syncwarp()  # the other lanes' copies are there too, and every lane has read the slot before this one
         of_x = take(shared, place, slot)
         if slots == 2:
             cuda.syncwarp()
-            copy(shared, place, x, ahead, chunks, slot)
+            copy(shared, place, source, x, ahead, slot)
         else:
-            copy(shared, place, x, ahead, chunks, np.int32(slot - 1 if slot > 0 else slots - 1))
+            copy(shared, place, source, x, ahead, np.int32(slot - 1 if slot > 0 else slots - 1))
         return multiply_chunk(total, weights, of_x)
 
     @device_function
@@ -226,7 +258,7 @@ def _run(plan, fetch, copy, take, multiply_chunk, tile_rows):
         total, chunk, slot = no_sums, warp, np.int32(0)
         while chunk < chunks:
             chunk = np.int32(chunk + warps)
-            total = multiply(total, a, shared, place, x, slot, np.int32(chunk + warps), chunks)
+            total = multiply(total, a, shared, place, source, x, slot, np.int32(chunk + warps))
             a, slot = fetch(source, chunk, chunk < chunks), after(slot)
         return total
 
@@ -236,11 +268,11 @@ def _run(plan, fetch, copy, take, multiply_chunk, tile_rows):
         b = fetch(source, second if second < chunks else warp, True)
         while chunk < chunks:
             chunk = np.int32(chunk + 2 * warps)
-            total = multiply(total, a, shared, place, x, slot, chunk, chunks)
+            total = multiply(total, a, shared, place, source, x, slot, chunk)
             a, slot = fetch(source, chunk, chunk < chunks), after(slot)
             if second < chunks:
                 second = np.int32(chunk + warps)
-                total = multiply(total, b, shared, place, x, slot, second, chunks)
+                total = multiply(total, b, shared, place, source, x, slot, second)
                 b, slot = fetch(source, second, second < chunks), after(slot)
         return total
 
@@ -272,19 +304,32 @@ def _finisher(tile_rows, warps, epilogue):
     return finish
 
 
-def _weights_reader(bits, group_size, zero, wide_scales):
-    """Device function: what a lane needs of one chunk's weights, as it is in memory: words, scales and zero points.
+def _order(apart):
+    """Device function ``(source, step)``: the chunk that a block comes to at a step; one beyond the last stays beyond."""
 
-    Where the chunk is not ``wanted`` it reads no words, and the last chunk's scales.
+    @device_function
+    def chunk_at(source, step):
+        place = np.int32(step + source.turn)
+        if not apart or step > source.last:
+            return step
+        return np.int32(place - source.last - 1) if place > source.last else place
+
+    return chunk_at
+
+
+def _weights_reader(bits, group_size, zero, wide_scales, chunk_at):
+    """Device function: what a lane needs of the weights of one step, as it is in memory: words, scales and zero points.
+
+    Where they are not ``wanted`` it reads no words, and the last chunk's scales.
     """
     load_codes, chunk_words = load_stream_pieces_if(bits), bits * CHUNK
     fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
 
     @device_function
-    def fetch(source, chunk, wanted):
-        codes, scales, zeros, codes_at, table, last = source
-        words = load_codes(codes, np.int32(codes_at + chunk * chunk_words), wanted)
-        scale, offset = fetch_tables(scales, zeros, table, chunk if wanted else last)
+    def fetch(source, step, wanted):
+        place = chunk_at(source, step)
+        words = load_codes(source.codes, np.int32(source.codes_at + place * chunk_words), wanted)
+        scale, offset = fetch_tables(source.scales, source.zeros, source.table, place if wanted else source.last)
         return words, scale, offset
 
     return fetch

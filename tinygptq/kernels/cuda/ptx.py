@@ -299,6 +299,22 @@ def copy_async_pair_if(typingctx, shared, shared_index, array, index, wanted, fi
     return types.void(shared, types.int64, array, types.int64, *flags), generate
 
 
+@intrinsic
+def sync_team(typingctx, number, threads):
+    """Wait for so many threads of the block (a constant), whole warps that all give the same number, 1 to 15.
+
+    barrier.sync.aligned; from sm_70.
+    """
+
+    def generate(context, builder, signature, args):
+        text = f"barrier.sync.aligned $0, {threads.literal_value};"
+        return _assembly(builder, ir.VoidType(), text, "r", [builder.trunc(args[0], I32)], True)
+
+    if not isinstance(threads, types.IntegerLiteral):
+        return None
+    return types.void(types.int64, threads), generate
+
+
 # Results
 
 

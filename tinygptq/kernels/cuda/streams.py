@@ -49,6 +49,30 @@ def load_stream_pieces_if(count: int):
     return load
 
 
+@functools.cache
+def reload_stream_pieces(count: int, pieces: tuple[int, ...]):
+    """The function ``(words, array, index)``: what :func:`load_stream_pieces` gives, of which only these pieces are read and
+    the others stay as they are in ``words``.
+
+    Called when their words have been used, and not before, it lets the new ones come to the same registers. A copy from
+    others, at the end of a loop, would wait for memory.
+    """
+
+    @intrinsic
+    def reload(typingctx, words, array, index):
+        def generate(context, builder, signature, args):
+            address, result = _address(context, builder, signature.args[1], *args[1:], GLOBAL), _unpack(builder, args[0])
+            for piece in pieces:
+                text = f"{LOAD} {{{{$0, $1, $2, $3}}}}, [$4 + {512 * piece} + {{}}];"
+                result[4 * piece : 4 * piece + 4] = _load(builder, 1, text, [address])
+            return _pack(builder, result)
+
+        kind = types.UniTuple(types.uint32, 4 * count)
+        return kind(kind, array, types.int64), generate
+
+    return reload
+
+
 def _load(builder, count, text, operands):
     """``count`` loads of four registers, ``text`` being given the distance of each in bytes."""
     constraints, words = "=r,=r,=r,=r,l" + ",r" * (len(operands) - 1), []
