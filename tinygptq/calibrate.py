@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.templates import Message, get_template, render_chat, render_conversation
+from tinygptq.records import RecordWriter, conversations, file_text
+from tinygptq.templates import Message
 from tinygptq.tokenizer import Tokenizer
 
 log = logging.getLogger("tinygptq")
 
-CHAT_TEMPLATE = "chat"  # in place of a template's name: the model folder's own chat template
 CHARS_PER_TOKEN = 6  # English has about four: how much of a long text to try first
 MARGIN = 256
 STREAM_FACTOR = 4  # tokens gathered from a set of documents for each token wanted
@@ -120,9 +119,9 @@ def calibration_windows(
     if nsamples < 1 or seqlen < 2:
         raise TinyGPTQError(f"calibration needs nsamples >= 1 and seqlen >= 2, found {nsamples} and {seqlen}")
     spec = parse_dataset(dataset)
-    writer = _Writer(tokenizer, template)
+    writer = RecordWriter(tokenizer, template)
     if spec.path:
-        ids = _encode_start(tokenizer, _file_text(spec.path, writer), nsamples * seqlen)
+        ids = _encode_start(tokenizer, file_text(spec.path, writer), nsamples * seqlen)
         _check_enough(spec, len(ids), nsamples, seqlen)
         return ids[: nsamples * seqlen].reshape(nsamples, seqlen)
     rng = np.random.default_rng(seed)
@@ -164,7 +163,7 @@ def evaluation_text(dataset: str | Path, tokenizer: Tokenizer, protocol: str | N
     """
     spec = parse_dataset(dataset)
     if spec.path:
-        text = _file_text(spec.path, _Writer(tokenizer, "none"))
+        text = file_text(spec.path, RecordWriter(tokenizer, "none"))
         return wikitext_rows_joined(text) if protocol == "wikitext2" else text
     if spec.name not in PUBLISHED:
         raise TinyGPTQError(f"dataset {spec.name} is a set of documents, not one text; {ALTERNATIVE}")
@@ -232,99 +231,6 @@ def _encode_start(tokenizer: Tokenizer, text: str, needed: int) -> np.ndarray:
         size *= 2
 
 
-# ------------------------------------------------------------------------------------------------ records to text
-
-
-class _Writer:
-    """Writes records and conversations as text through one prompt template."""
-
-    def __init__(self, tokenizer: Tokenizer, template: str):
-        def text_of(id: int | None) -> str:
-            return "" if id is None else tokenizer.token_bytes(id, skip_special=False).decode("utf-8", "replace")
-
-        self.template = template
-        self.bos, self.eos = text_of(tokenizer.bos_id), text_of(tokenizer.eos_id)
-        self.chat_template = tokenizer.chat_template or ""
-        if template != CHAT_TEMPLATE:
-            get_template(template)  # an unknown name should not wait for a download
-        elif not self.chat_template:
-            raise TinyGPTQError("the model folder has no chat template; choose a template by name")
-
-    def conversation(self, messages: list[Message]) -> str:
-        if self.template == CHAT_TEMPLATE:
-            return render_chat(self.chat_template, messages, self.bos, self.eos, add_generation_prompt=False)
-        return render_conversation(self.template, messages, self.bos, self.eos)
-
-    def record(self, record: dict, where: str) -> str:
-        """One record as text, by the fields it has; ``where`` begins the error for any other."""
-        if "messages" in record:
-            return self.conversation(_messages(record["messages"], where))
-        for fields in (("prompt", "response"), ("instruction", "output"), ("instruction", "response")):
-            if all(name in record for name in fields):
-                prompt, reply = (_string(record, name, where) for name in fields)
-                context = next((_string(record, name, where) for name in ("input", "context") if record.get(name)), "")
-                prompt = f"{prompt}\n\n{context}" if context.strip() else prompt
-                return self.conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}])
-        if "text" in record:
-            return _string(record, "text", where) + "\n\n"
-        raise TinyGPTQError(
-            f"{where}: found the fields {', '.join(map(str, record)) or '(none)'}; expected text, or "
-            "prompt and response, or instruction, input and output, or messages"
-        )
-
-
-def _string(record: dict, name: str, where: str) -> str:
-    if not isinstance(record[name], str):
-        raise TinyGPTQError(f"{where}: the field {name!r} should be text, found {type(record[name]).__name__}")
-    return record[name]
-
-
-def _messages(messages: Any, where: str) -> list[Message]:
-    wanted = (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-        )
-    )
-    if not wanted:
-        raise TinyGPTQError(f"{where}: the field 'messages' should be a list of objects with role and content")
-    return messages
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def _file_text(path: Path, writer: _Writer) -> str:
-    """A text file as it is; the records of a .jsonl file one after another."""
-    try:
-        text = path.read_bytes().decode("utf-8")  # not read_text: line ends stay what they are
-    except UnicodeDecodeError as error:
-        raise TinyGPTQError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise TinyGPTQError(f"{path}: cannot be read ({error.strerror})") from None
-    if path.suffix.lower() != ".jsonl":
-        return text
-    return "".join(_record_texts(text, path, writer))
-
-
-def _record_texts(text: str, path: Path, writer: _Writer) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), 1):
-        where = f"{path} line {number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise TinyGPTQError(f"{where}: not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise TinyGPTQError(f"{where}: expected a JSON object, found {type(record).__name__}")
-        try:
-            yield writer.record(record, where)
-        except TinyGPTQError as error:  # a template's complaint does not know the line
-            raise error if str(error).startswith(where) else TinyGPTQError(f"{where}: {error}") from None
-
-
 # ------------------------------------------------------------------------------------------------ named sets
 
 
@@ -353,7 +259,7 @@ def _load(spec: DatasetSpec) -> Any:
 
 
 def _set_tokens(
-    spec: DatasetSpec, tokenizer: Tokenizer, writer: _Writer, needed: int, rng: np.random.Generator
+    spec: DatasetSpec, tokenizer: Tokenizer, writer: RecordWriter, needed: int, rng: np.random.Generator
 ) -> np.ndarray:
     """One stream of ids [n] of a named set; of documents, a random choice of STREAM_FACTOR times what is needed."""
     entry, rows = spec.entry, _load(spec)
@@ -371,7 +277,7 @@ def _schema_changed(spec: DatasetSpec, error: KeyError) -> TinyGPTQError:
     return TinyGPTQError(f"dataset {spec}: the field {error} is missing, so its schema has changed; {ALTERNATIVE}")
 
 
-def _document(document: dict | list[Message], entry: NamedSet, writer: _Writer, where: str) -> str:
+def _document(document: dict | list[Message], entry: NamedSet, writer: RecordWriter, where: str) -> str:
     if isinstance(document, list):
         return writer.conversation(document)
     return document[entry.column] + "\n\n" if entry.column else writer.record(document, where)
@@ -390,30 +296,3 @@ def _document_tokens(texts: Iterator[str], tokenizer: Tokenizer, wanted: int) ->
         if length < size or len(ids) >= wanted:
             return ids
         size *= 2
-
-
-def conversations(rows: Iterable[dict]) -> list[list[Message]]:
-    """English conversations of an oasst1 table: each tree walked from its root along the best-ranked replies.
-
-    rows: one message each, with message_id, parent_id, text, role ("prompter" or "assistant"), lang, rank (0 is best,
-    may be None) and, perhaps, deleted. A walk ends with the last assistant's reply; roots without any are left out.
-    """
-    children: dict[str | None, list[dict]] = {}
-    for reply in rows:
-        if reply["lang"] == "en" and not reply.get("deleted"):
-            children.setdefault(reply["parent_id"], []).append(reply)
-    for replies in children.values():
-        replies.sort(key=lambda row: (row["rank"] is None, row["rank"] or 0))
-    roles = {"prompter": "user", "assistant": "assistant"}
-    found: list[list[Message]] = []
-    for first in children.get(None, []):
-        row: dict | None = first
-        messages: list[Message] = []
-        while row is not None:
-            messages.append({"role": roles[row["role"]], "content": row["text"]})
-            row = next(iter(children.get(row["message_id"], [])), None)
-        if messages[-1]["role"] == "user":
-            messages.pop()
-        if messages:
-            found.append(messages)
-    return found

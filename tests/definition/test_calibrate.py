@@ -13,13 +13,13 @@ import pytest
 from tinygptq.calibrate import (
     NAMED_SETS,
     calibration_windows,
-    conversations,
     draw_windows,
     evaluation_text,
     parse_dataset,
     wikitext_rows_joined,
 )
 from tinygptq.errors import TinyGPTQError
+from tinygptq.records import conversations
 from tinygptq.tokenizer import Tokenizer
 
 

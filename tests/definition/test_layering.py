@@ -22,8 +22,8 @@ LAYERS = (
     ("folders", "kernels"),
     ("kvcache", "model", "backward"),
     ("engine", "cuda", "generate", "sampling"),
-    ("calibrate", "quantization", "convert", "release", "measure", "language_model", "text_generation", "conversation",
-     "demo", "bench", "doctor"),
+    ("calibrate", "records", "quantization", "convert", "release", "measure", "language_model", "text_generation",
+     "conversation", "demo", "bench", "doctor"),
     ("cli", "commands", "__init__"),
 )  # fmt: skip
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinygptq.kernels import cpu_tiles, simd
+from tinygptq.kernels import cpu_sync, cpu_tiles, simd
 from tinygptq.kernels.cpu_attention import attend, dot, rotate
 from tinygptq.kernels.cpu_tiles import COLUMNS
 from tinygptq.kernels.simd import LANES, get, inner, load_f32, put, splat, store_f32
@@ -62,7 +62,7 @@ def run_tasks(job, thread, eps):
     for i in range(MEMO_FIELDS):
         put(memo, i, -1)
     while True:
-        ticket = simd.fetch_add(upcoming, 1)
+        ticket = cpu_sync.fetch_add(upcoming, 1)
         if ticket >= get(job, TASK_COUNT):
             return
         task = get(job, TASKS) + 8 * TASK_FIELDS * ticket
@@ -76,17 +76,17 @@ def run_tasks(job, thread, eps):
             _embed(get(job, LINEARS), get(job, TOKEN), get(job, WORK) + 4 * get(get(job, LAYOUT), H))
         else:
             _multiply(job, task, own, memo, eps)
-        simd.fetch_add(done, 1)
+        cpu_sync.fetch_add(done, 1)
 
 
 @inner
 def _wait_until(counter, value):
     spins = 0
-    while simd.read_shared(counter) < value:
-        simd.relax()
+    while cpu_sync.read_shared(counter) < value:
+        cpu_sync.relax()
         spins += 1
         if spins % SPINS == 0:
-            simd.give_way()
+            cpu_sync.give_way()
 
 
 @inner

@@ -67,10 +67,7 @@ def attend_part(job, part):
     count, q_stride = min(HEIGHT, tokens - first), get(job, 4)
     keys = get(job, 11) + pair * 4 * _padded(seen) * dim
     values = get(job, 12) + pair * 4 * _padded(dim) * seen
-    queries, stride = (
-        get(job, 13),
-        4 * (_padded(seen) + COLUMNS),
-    )  # rows in different sets of a cache
+    queries, stride = get(job, 13), 4 * (_padded(seen) + COLUMNS)  # of scores: rows in different sets of a cache
     scores, visible = queries + 4 * HEIGHT * dim, seen - tokens + first + count
     mixed, wide = scores + HEIGHT * stride, _padded(visible)
     row = get(job, 1) + b * get(job, 2) + head * get(job, 3) + first * q_stride

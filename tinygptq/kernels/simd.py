@@ -5,18 +5,16 @@ and it does not know the instruction that multiplies pairs of 16-bit integers. S
 
     ``i32x8``  eight int32        ``f32x8``  eight float32
 
-with ``+ - * & |`` between equals, and the functions below. Nearly all of it is ordinary LLVM vector code, which LLVM
-turns into AVX2, into pairs of SSE registers or into NEON, as the machine has it; the two places that ask what the
-machine is say so. Addresses are plain int64, in bytes: kernels walk over tables of them (``array.ctypes.data``), and
-whoever makes such a table keeps its arrays alive. Functions of plain numbers also compile several times faster.
+with ``+ - * & |`` between equals, and the functions below. All of it is ordinary LLVM vector code, which LLVM turns into
+AVX2, into pairs of SSE registers or into NEON, as the machine has it. Addresses are plain int64, in bytes: kernels walk
+over tables of them (``array.ctypes.data``), and whoever makes such a table keeps its arrays alive. Functions of plain
+numbers also compile several times faster.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-import platform
-import sys
 
 from llvmlite import ir
 from numba import njit, types
@@ -82,7 +80,7 @@ for _symbol, _on_int, _on_float in (
         _declare_operator(_symbol, f32x8, _on_float)
 
 
-def _instruction(result, *arguments):
+def instruction(result, *arguments):
     """Make ``emit(builder, *values) -> value`` callable from compiled code, with these fixed Numba types."""
     sig = signature(result, *arguments)
 
@@ -123,111 +121,111 @@ def _splat_bits(builder, value: int):
     return ir.Constant(_I32X8, [value] * LANES)
 
 
-@_instruction(i32x8, types.int64)
+@instruction(i32x8, types.int64)
 def load_i32(builder, address):
     """Eight int32 from an address (a multiple of 4)."""
     return _load(builder, address, _I32X8, 4)
 
 
-@_instruction(i32x8, types.int64)
+@instruction(i32x8, types.int64)
 def load_u16(builder, address):
     """Eight uint16, widened to int32."""
     return builder.zext(_load(builder, address, _I16X8, 2), _I32X8)
 
 
-@_instruction(f32x8, types.int64)
+@instruction(f32x8, types.int64)
 def load_f32(builder, address):
     """Eight float32."""
     return _load(builder, address, _F32X8, 4)
 
 
-@_instruction(f32x8, types.int64)
+@instruction(f32x8, types.int64)
 def load_f16(builder, address):
     """Eight float16, widened to float32 (one instruction, vcvtph2ps, where the machine has F16C)."""
     return builder.fpext(_load(builder, address, ir.VectorType(_F16, LANES), 2), _F32X8)
 
 
-@_instruction(f32x8, types.int64)
+@instruction(f32x8, types.int64)
 def load_bf16(builder, address):
     """Eight bfloat16, widened to float32: the same bits, sixteen places up."""
     bits = builder.zext(_load(builder, address, _I16X8, 2), _I32X8)
     return builder.bitcast(builder.shl(bits, _splat_bits(builder, 16)), _F32X8)
 
 
-@_instruction(i32x8, types.int64)
+@instruction(i32x8, types.int64)
 def load_splat_i32(builder, address):
     """One int32, in all eight lanes."""
     return _splat(builder, _load(builder, address, _I32, 4))
 
 
-@_instruction(types.int64, types.int64, types.int64)
+@instruction(types.int64, types.int64, types.int64)
 def get(builder, table, place):
     """Number ``place`` of a table of int64."""
     return _load(builder, builder.add(table, builder.mul(place, _I64(8))), _I64, 8)
 
 
-@_instruction(types.void, types.int64, types.int64, types.int64)
+@instruction(types.void, types.int64, types.int64, types.int64)
 def put(builder, table, place, value):
     """Set number ``place`` of a table of int64."""
     _store(builder, builder.add(table, builder.mul(place, _I64(8))), value, 8)
 
 
-@_instruction(types.int64, types.int64)
+@instruction(types.int64, types.int64)
 def read_i32(builder, address):
     """One int32, as an ordinary integer."""
     return builder.sext(_load(builder, address, _I32, 4), _I64)
 
 
-@_instruction(types.int64, types.int64)
+@instruction(types.int64, types.int64)
 def read_u32(builder, address):
     """One uint32, as an ordinary integer."""
     return builder.zext(_load(builder, address, _I32, 4), _I64)
 
 
-@_instruction(types.void, types.int64, types.int64)
+@instruction(types.void, types.int64, types.int64)
 def write_u32(builder, address, value):
     """The lower 32 bits of an integer to an address."""
     _store(builder, address, builder.trunc(value, _I32), 4)
 
 
-@_instruction(types.float32, types.int64)
+@instruction(types.float32, types.int64)
 def read_f32(builder, address):
     """One float32, as an ordinary number."""
     return _load(builder, address, _F32, 4)
 
 
-@_instruction(types.float32, types.int64)
+@instruction(types.float32, types.int64)
 def read_f16(builder, address):
     """One float16, as a float32."""
     return builder.fpext(_load(builder, address, _F16, 2), _F32)
 
 
-@_instruction(types.float32, types.int64)
+@instruction(types.float32, types.int64)
 def read_bf16(builder, address):
     """One bfloat16, as a float32."""
     bits = builder.zext(_load(builder, address, _I16, 2), _I32)
     return builder.bitcast(builder.shl(bits, ir.Constant(_I32, 16)), _F32)
 
 
-@_instruction(types.void, types.int64, f32x8)
+@instruction(types.void, types.int64, f32x8)
 def store_f32(builder, address, vector):
     """Eight float32 to an address."""
     _store(builder, address, vector, 4)
 
 
-@_instruction(types.void, types.int64, i32x8)
+@instruction(types.void, types.int64, i32x8)
 def store_i32(builder, address, vector):
     """Eight int32 to an address."""
     _store(builder, address, vector, 4)
 
 
-@_instruction(types.void, types.int64, types.float32)
+@instruction(types.void, types.int64, types.float32)
 def write_f32(builder, address, value):
     """One float32 to an address."""
     _store(builder, address, value, 4)
 
 
-@_instruction(types.void, types.int64)
+@instruction(types.void, types.int64)
 def prefetch(builder, address):
     """Ask for the cache line at an address that will be read soon; it may lie beyond the end of an array."""
     pointer = ir.IntType(8).as_pointer()
@@ -240,19 +238,19 @@ def prefetch(builder, address):
 # ------------------------------------------------------------------------------------------ arithmetic
 
 
-@_instruction(f32x8, types.float32)
+@instruction(f32x8, types.float32)
 def splat(builder, value):
     """One float32, in all eight lanes."""
     return _splat(builder, value)
 
 
-@_instruction(i32x8, types.int32)
+@instruction(i32x8, types.int32)
 def splat_i32(builder, value):
     """One int32, in all eight lanes."""
     return _splat(builder, value)
 
 
-@_instruction(i32x8, i32x8, types.int32)
+@instruction(i32x8, i32x8, types.int32)
 def shift_halves(builder, vector, count):
     """Shift each of the sixteen 16-bit halves right by ``count`` places; zeros come in from the left."""
     halves = builder.bitcast(vector, _I16X16)
@@ -261,7 +259,7 @@ def shift_halves(builder, vector, count):
     return builder.bitcast(builder.lshr(halves, counts), _I32X8)
 
 
-@_instruction(i32x8, i32x8, i32x8)
+@instruction(i32x8, i32x8, i32x8)
 def dot_pairs(builder, a, b):
     """In each lane, ``a_low * b_low + a_high * b_high`` of the two signed 16-bit halves (vpmaddwd on AVX2).
 
@@ -275,20 +273,20 @@ def dot_pairs(builder, a, b):
     return builder.add(low, high)
 
 
-@_instruction(f32x8, i32x8)
+@instruction(f32x8, i32x8)
 def to_f32(builder, vector):
     """int32 to the nearest float32."""
     return builder.sitofp(vector, _F32X8)
 
 
-@_instruction(f32x8, f32x8, f32x8, f32x8)
+@instruction(f32x8, f32x8, f32x8, f32x8)
 def fma(builder, a, b, c):
     """``a * b + c``, in one instruction where the machine has one."""
     function = builder.module.declare_intrinsic("llvm.fmuladd.v8f32", (), ir.FunctionType(_F32X8, [_F32X8] * 3))
     return builder.call(function, [a, b, c])
 
 
-@_instruction(types.float32, f32x8)
+@instruction(types.float32, f32x8)
 def total(builder, vector):
     """The sum of the eight lanes: halves added to halves, three times."""
     for step in (4, 2, 1):
@@ -297,13 +295,13 @@ def total(builder, vector):
     return builder.extract_element(vector, ir.Constant(_I32, 0))
 
 
-@_instruction(f32x8, f32x8, f32x8)
+@instruction(f32x8, f32x8, f32x8)
 def larger(builder, a, b):
     """The larger of each pair; b's where either is NaN."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-@_instruction(types.int64, i32x8)
+@instruction(types.int64, i32x8)
 def total_i32(builder, vector):
     """The sum of the eight lanes; it must fit in an int32."""
     for step in (4, 2, 1):
@@ -312,7 +310,7 @@ def total_i32(builder, vector):
     return builder.sext(builder.extract_element(vector, ir.Constant(_I32, 0)), _I64)
 
 
-@_instruction(types.float32, f32x8)
+@instruction(types.float32, f32x8)
 def largest(builder, vector):
     """The largest of the eight lanes."""
     for step in (4, 2, 1):
@@ -322,45 +320,45 @@ def largest(builder, vector):
     return builder.extract_element(vector, ir.Constant(_I32, 0))
 
 
-@_instruction(f32x8, f32x8)
+@instruction(f32x8, f32x8)
 def magnitude(builder, vector):
     """Absolute values: the sign bit cleared."""
     bits = builder.bitcast(vector, _I32X8)
     return builder.bitcast(builder.and_(bits, _splat_bits(builder, 0x7FFFFFFF)), _F32X8)
 
 
-@_instruction(f32x8, f32x8, f32x8)
+@instruction(f32x8, f32x8, f32x8)
 def divide(builder, a, b):
     """``a / b``, by IEEE rules (x / inf is 0)."""
     return builder.fdiv(a, b)
 
 
-@_instruction(i32x8, i32x8, types.int32)
+@instruction(i32x8, i32x8, types.int32)
 def shift_right(builder, vector, count):
     """Shift signed int32 right by ``count`` places, rounding towards minus infinity."""
     return builder.ashr(vector, _splat(builder, count))
 
 
-@_instruction(i32x8, i32x8, types.int32)
+@instruction(i32x8, i32x8, types.int32)
 def shift_left(builder, vector, count):
     """Shift int32 left by ``count`` places."""
     return builder.shl(vector, _splat(builder, count))
 
 
-@_instruction(f32x8, f32x8, f32x8)
+@instruction(f32x8, f32x8, f32x8)
 def smaller(builder, a, b):
     """The smaller of each pair; b's where either is NaN."""
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
-@_instruction(f32x8, i32x8)
+@instruction(f32x8, i32x8)
 def power_of_two(builder, exponent):
     """``2^e`` for e in -127 .. 128, made by writing the exponent's bits; -127 gives zero, 128 infinity."""
     biased = builder.add(exponent, _splat_bits(builder, 127))
     return builder.bitcast(builder.shl(biased, _splat_bits(builder, 23)), _F32X8)
 
 
-@_instruction(i32x8, f32x8)
+@instruction(i32x8, f32x8)
 def nearest(builder, vector):
     """float32 (below 2^31) to the nearest int32."""
     function = builder.module.declare_intrinsic("llvm.rint.v8f32", (), ir.FunctionType(_F32X8, [_F32X8]))
@@ -389,38 +387,10 @@ def exp(x):
     return p * power_of_two(n)
 
 
-# ------------------------------------------------------------------------------------------ threads
+# ------------------------------------------------------------------------------------------ calls
 
 
-@_instruction(types.int64, types.int64, types.int64)
-def fetch_add(builder, address, amount):
-    """Add to the int64 at an address as one indivisible step, and return what it was before."""
-    return builder.atomic_rmw("add", builder.inttoptr(address, _I64.as_pointer()), amount, "seq_cst")
-
-
-@_instruction(types.int64, types.int64)
-def read_shared(builder, address):
-    """The int64 at an address that other threads change; what they wrote before they changed it is then visible."""
-    return builder.load_atomic(builder.inttoptr(address, _I64.as_pointer()), "acquire", 8)
-
-
-@_instruction(types.void)
-def relax(builder):
-    """Tell the core that this is a waiting loop (x86's ``pause``; nothing elsewhere)."""
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), [])), [])
-
-
-@_instruction(types.void)
-def give_way(builder):
-    """Let another thread have the core (POSIX ``sched_yield``; nothing on Windows)."""
-    if sys.platform != "win32":
-        module = builder.module
-        function = module.globals.get("sched_yield") or ir.Function(module, ir.FunctionType(_I32, []), "sched_yield")
-        builder.call(function, [])
-
-
-@_instruction(types.void, types.int64, types.int64, types.int64, types.float32)
+@instruction(types.void, types.int64, types.int64, types.int64, types.float32)
 def call(builder, function, job, part, number):
     """Call the compiled C function ``void (int64, int64, float32)`` at an address."""
     kind = ir.FunctionType(ir.VoidType(), [_I64, _I64, _F32])
