@@ -9,41 +9,32 @@ load_shared_8_bytes = load_in_place("ld.shared.v2.u32", 2, SHARED)
 """8 bytes of shared memory: ld.shared.v2; from sm_50."""
 
 
-@intrinsic
-def load_float(typingctx, array, index):
-    """A float32 of global memory that another block of this kernel wrote, past L1: ld.global.cg; from sm_50."""
+def _on_number(text: str, register, kind):
+    """The function ``(array, index)`` -> one number, by an instruction on it in global memory that stays in its place."""
+    constraints = "=f,l" if register is F32 else "=r,l"
 
-    def generate(context, builder, signature, args):
-        address = _address(context, builder, signature.args[0], *args, GLOBAL)
-        return _assembly(builder, F32, "ld.global.cg.f32 $0, [$1];", "=f,l", [address], True)
+    @intrinsic
+    def apply(typingctx, array, index):
+        def generate(context, builder, signature, args):
+            address = _address(context, builder, signature.args[0], *args, GLOBAL)
+            return _assembly(builder, register, text, constraints, [address], True)
 
-    return types.float32(array, types.int64), generate
+        return kind(array, types.int64), generate
 
-
-@intrinsic
-def arrive(typingctx, array, index):
-    """Add 1 to an int32 of global memory; returns what it was: atom.acq_rel.gpu.add; from sm_70.
-
-    What a block wrote before a barrier that this thread passed, those see that arrive later, after a barrier of their own.
-    """
-
-    def generate(context, builder, signature, args):
-        address = _address(context, builder, signature.args[0], *args, GLOBAL)
-        text = "atom.acq_rel.gpu.global.add.s32 $0, [$1], 1;"
-        return _assembly(builder, I32, text, "=r,l", [address], True)
-
-    return types.int32(array, types.int64), generate
+    return apply
 
 
-@intrinsic
-def load_acquire(typingctx, array, index):
-    """An int32 of global memory that others add to with :func:`arrive`: ld.acquire.gpu; from sm_70."""
+load_float = _on_number("ld.global.cg.f32 $0, [$1];", F32, types.float32)
+"""A float32 of global memory that another block of this kernel wrote, past L1: ld.global.cg; from sm_50."""
 
-    def generate(context, builder, signature, args):
-        address = _address(context, builder, signature.args[0], *args, GLOBAL)
-        return _assembly(builder, I32, "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [address], True)
+arrive = _on_number("atom.acq_rel.gpu.global.add.s32 $0, [$1], 1;", I32, types.int32)
+"""Add 1 to an int32 of global memory; returns what it was: atom.acq_rel.gpu.add; from sm_70.
 
-    return types.int32(array, types.int64), generate
+What a block wrote before a barrier that this thread passed, those see that arrive later, after a barrier of their own.
+"""
+
+load_acquire = _on_number("ld.acquire.gpu.global.s32 $0, [$1];", I32, types.int32)
+"""An int32 of global memory that others add to with :func:`arrive`: ld.acquire.gpu; from sm_70."""
 
 
 def _load_tiles(variant: str):
