@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -253,7 +254,7 @@ def _digest(path: Path) -> str:
 def _describe(value: Any, seen: dict[int, Any]) -> Any:
     """What distinguishes a function, device function or intrinsic: where it stands, and what it closes over."""
     function = getattr(value, "py_func", None) or getattr(value, "_defn", None) or value
-    if not callable(function) or isinstance(value, type):
+    if not isinstance(function, FunctionType):  # Numba's and LLVM's types can be called too
         if isinstance(value, (tuple, list)):
             return [_describe(part, seen) for part in value]
         return repr(value)
