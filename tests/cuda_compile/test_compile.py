@@ -44,8 +44,8 @@ def count(ptx: str, instruction: str) -> int:
 
 @pytest.mark.parametrize("bits,group_size,zero", [(4, 128, 8), (3, 96, None), (8, 4096, 128), (2, 20, None)])
 def test_plain(bits, group_size, zero):
-    codes, scales = types.Array(types.uint32, 5, "C"), types.Array(types.float16, 3, "C")
-    zeros = scales if zero is not None else types.Array(types.uint16 if bits == 8 else types.uint8, 3, "C")
+    codes, scales = types.Array(types.uint32, 5, "C"), types.Array(types.float16, 4, "C")
+    zeros = scales if zero is not None else types.Array(types.uint16 if bits == 8 else types.uint8, 4, "C")
     ptx = to_ptx(plain.plain_kernel(bits, group_size, zero), (ROWS, codes, scales, zeros, ROWS), (7, 5))
     assert count(ptx, "fma.rn.f32")
     for instruction in ("mma.sync", "cp.async", "ld.global.nc"):  # nothing that a reader would have to look up
@@ -59,7 +59,7 @@ def test_the_kernels_beside_the_plain_one():
 
 @pytest.mark.parametrize("bits,group_size,zero", [(4, 128, 8), (3, 32, None), (8, 128, None), (2, 64, 2)])
 def test_dequantise(bits, group_size, zero):
-    arguments = (WORDS, WORDS, WORDS, types.int64, types.int64, types.int64, types.int64, ROWS)
+    arguments = (*(types.int64,) * 6, ROWS)
     capability = {4: (8, 0), 3: (7, 5), 8: (8, 9), 2: (9, 0)}[bits]
     ptx = to_ptx(dequantise.dequantise_kernel(bits, group_size, zero), arguments, capability)
     assert count(ptx, STREAM) == bits  # a chunk's words, 16 bytes a lane
@@ -70,7 +70,7 @@ def test_dequantise(bits, group_size, zero):
 @pytest.mark.parametrize("capability,bits,group_size,zero,row_tiles,teams", MATMULS)
 def test_matmul(capability, bits, group_size, zero, row_tiles, teams):
     kernel = matmul.matmul_kernel(bits, group_size, zero, row_tiles, teams)
-    ptx = to_ptx(kernel, (*(types.int64,) * 7, ROWS, types.int64, COUNTS), capability)
+    ptx = to_ptx(kernel, (*(types.int64,) * 6, ROWS, types.int64, COUNTS), capability)
     assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == 4 * 4 * row_tiles  # units, steps and tiles
     assert count(ptx, "cp.async.cg.shared.global") >= 2
     assert count(ptx, STREAM) == 2 * bits  # the first chunk's words, and the next one's
@@ -83,8 +83,7 @@ def test_matmul(capability, bits, group_size, zero, row_tiles, teams):
 def test_warpgroup(bits, group_size, zero, wide):
     kernel = warpgroup.warpgroup_kernel(bits, group_size, zero, wide_scales=wide, wide_out=wide)
     y = types.Array(types.float32, 2, "C") if wide else ROWS
-    numbers = (types.int64,) * 4
-    ptx = kernel.ptx((types.int64, WORDS, WORDS, WORDS, *numbers, y), (9, 0))
+    ptx = kernel.ptx((*(types.int64,) * 7, y), (9, 0))
     assert ".target sm_90a" in ptx
     assert count(ptx, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16") == 4 * 4  # units, and steps for two tiles
     assert count(ptx, "wgmma.wait_group.sync.aligned 1") == 2  # one group is always at work while the next is unpacked
@@ -121,7 +120,7 @@ MATVECS = (  # capability, bits, group size, zero point or None, row tiles, plan
     ((8, 6), 3, 32, None, 1, matvec.Plan(16, sets=1), {"ragged": True}),
     ((8, 9), 2, 64, 2, 2, matvec.Plan(4, resident=3), {"wide_scales": True}),
     ((9, 0), 4, 128, 8, 1, matvec.Plan(5, resident=3), {}),
-    ((9, 0), 4, 128, 8, 1, matvec.Plan(2, resident=6, apart=True), {}),
+    ((9, 0), 4, 128, 8, 1, matvec.Plan(2, resident=6), {}),
     ((9, 0), 4, 128, None, 2, matvec.Plan(16, short=True, slots=2), {}),
 )
 ADDRESSES = (types.int64,) * 6  # of codes, scales, x and zeros, and two numbers

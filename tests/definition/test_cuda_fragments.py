@@ -55,20 +55,21 @@ def lane_codes(words, bits):
 
 def warp_product(x, layer: layout.DeviceLinear):
     """What the matvec kernel's warps do, float64: x [8, K padded] -> [8, N padded]."""
-    strips, chunks, bits = layer.codes.shape[:3]
-    y = np.zeros((8, strips * 32))
+    chunks, strips, bits = layer.codes.shape[:3]
+    y, together = np.zeros((8, strips * 32)), layout.groups_together(layer.group_size)
     for strip in range(strips):
         sums = np.zeros((32, 2, 4))  # lane, tile of 16 columns, C's registers
         for chunk in range(chunks):
-            codes = lane_codes(layer.codes[strip, chunk].astype(np.int64), bits)
+            codes = lane_codes(layer.codes[chunk, strip].astype(np.int64), bits)
             for unit in range(4):
                 group = (128 * chunk + 32 * unit) // layer.group_size
                 columns = 4 * G[:, None] + np.arange(4)  # (32, 4)
-                zero = layer.zeros[strip, group].astype(np.int64)[columns]
+                groups, group = divmod(group, together)
+                zero = layer.zeros[groups, strip, group].astype(np.int64)[columns]
                 level = codes[:, :, 4 * unit : 4 * unit + 4] - zero[:, :, None, None]  # (32, 4 columns, 4 pairs, 2)
                 k = 128 * chunk + 32 * unit + 8 * T[:, None] + np.arange(8)
                 b = x[G[:, None], k].reshape(32, 4, 2)
-                scale = layer.scales[strip, group].astype(np.float64)[columns]
+                scale = layer.scales[groups, strip, group].astype(np.float64)[columns]
                 for tile in range(2):
                     part = np.zeros((32, 4))
                     for step in range(2):
@@ -126,7 +127,7 @@ def test_a_warp_multiplies_its_registers_to_the_right_product(bits, k, group_siz
     linear = random_linear(rng, k, 40, bits, group_size)
     layer = layout.to_device(linear, array=np.asarray)
     x = rng.standard_normal((8, k))
-    padded = np.zeros((8, layer.codes.shape[1] * layout.ROWS))
+    padded = np.zeros((8, layer.chunks * layout.ROWS))
     padded[:, :k] = x
     np.testing.assert_allclose(warp_product(padded, layer)[:, :40], reference.matmul(x, linear), rtol=1e-5, atol=1e-4)
 

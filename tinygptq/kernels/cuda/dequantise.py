@@ -23,19 +23,19 @@ WARPS = 4  # of a block, each with a chunk of its own
 
 @functools.cache
 def dequantise_kernel(bits: int, group_size: int, zero: int | None, wide_scales: bool = False):
-    """The kernel ``(codes, scales, zeros, groups, chunks, first_strip, first_chunk, out)`` that writes a part of W^T.
+    """The kernel ``(codes, scales, zeros, strips, first_strip, first_chunk, out)`` that writes a part of W^T.
 
     Args:
         bits, group_size, zero: as in :class:`~.layout.DeviceLinear`; the group size a multiple of 32.
         wide_scales: the scales are float32.
 
-    Shapes: codes, scales and zeros those of a DeviceLinear, flat, as uint32; ``groups`` the second axis of the scales,
-    ``chunks`` that of the codes; out float16 [columns, k], column 0 being the first of ``first_strip``, k = 0 the first of
-    ``first_chunk``. ``scale * (code - zero)`` is rounded once.
+    Of codes, scales and zeros (those of a DeviceLinear, of so many ``strips``) the kernel has the addresses; out float16
+    [columns, k], column 0 being the first of ``first_strip``, k = 0 the first of ``first_chunk``. ``scale * (code - zero)``
+    is rounded once.
     Grid (ceil(chunks / 4), strips), block 128.
     """
     load_codes = load_stream_pieces(bits)
-    fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
+    locate, fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
     decode_scales, decode_zeros = table_decoder(bits, zero, wide_scales)
     unpack_0, unpack_1, unpack_2, unpack_3 = (levels(bits, unit) for unit in range(4))
 
@@ -52,13 +52,13 @@ def dequantise_kernel(bits: int, group_size: int, zero: int | None, wide_scales:
         store_piece(out, column, k + 64, v[2], scale[2])
         store_piece(out, column, k + 96, v[3], scale[3])
 
-    def dequantise(codes, scales, zeros, groups, chunks, first_strip, first_chunk, out):
+    def dequantise(codes, scales, zeros, strips, first_strip, first_chunk, out):
         lane = cuda.threadIdx.x % 32
         chunk = cuda.blockIdx.x * WARPS + cuda.threadIdx.x // 32
         strip = first_strip + cuda.blockIdx.y
         if CHUNK * chunk < out.shape[1]:
-            words = load_codes(codes, (strip * chunks + first_chunk + chunk) * bits * 128 + 4 * lane)
-            scale, offset = fetch_tables(scales, zeros, (strip * groups) * STRIP + 4 * (lane // 4), first_chunk + chunk)
+            words = load_codes(codes, ((first_chunk + chunk) * strips + strip) * bits * 128 + 4 * lane)
+            scale, offset = fetch_tables(scales, zeros, locate(strip, strips, lane), first_chunk + chunk)
             column, k = STRIP * cuda.blockIdx.y + 4 * (lane // 4), CHUNK * chunk + 8 * (lane % 4)
             low, up = decode_zeros(offset[0])
             a, s = unpack_0(words, low, up), decode_scales(scale[0])

@@ -17,7 +17,6 @@ of 32 goes to the plain kernel, whatever the rows.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import numpy as np
@@ -147,13 +146,13 @@ def multiply_rows(
         dependent: the kernel may begin while the one before it still runs (programmatic dependent launch, 9.0). It reads
             weights at once, so nothing that is still at work on the stream may write them.
     """
-    row_tiles, strips = 1 if x.shape[0] <= 8 else 2, layer.codes.shape[0]
+    row_tiles, strips = 1 if x.shape[0] <= 8 else 2, layer.strips
     sizes = strips, x.shape[1], row_tiles, layer.bits, layer.group_size
     plan = matvec.plan(*sizes, multiprocessors(), shared_memory())
     special = {"ragged": x.shape[1] % ROWS != 0, "wide_scales": layer.scales.dtype.itemsize == 4, "epilogue": epilogue}
     kernel = matvec.matvec_kernel(layer.bits, layer.group_size, layer.zero, row_tiles, plan, **special)
     codes, scales, zeros = _addresses(layer)
-    arguments = codes, scales, x.shape[1], layer.scales.shape[1], x.data.ptr, zeros, y, extra
+    arguments = codes, scales, x.shape[1], strips, x.data.ptr, zeros, y, extra
     at_launch = {"dependent": dependent, "shared_bytes": ring_bytes(plan.warps, x.shape[0], plan.slots)}
     kernel(strips, 32 * plan.warps, stream, *arguments, **at_launch)
 
@@ -164,13 +163,12 @@ def _run_matmul(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
     kernel = matmul.matmul_kernel(layer.bits, layer.group_size, layer.zero, plan.row_tiles, plan.teams, **wide)
     sums, arrived = _sums_workspace(plan.sums), _arrived_workspace(2 * plan.tiles)
     codes, scales, zeros = _addresses(layer)
-    numbers = layer.in_features, layer.scales.shape[1], plan.chunks_each
-    arguments = codes, scales, *numbers, x.data.ptr, zeros, out, sums.data.ptr, arrived
+    arguments = codes, scales, layer.in_features, plan.chunks_each, x.data.ptr, zeros, out, sums.data.ptr, arrived
     kernel(plan.grid, matmul.THREADS * plan.teams, stream, *arguments, shared_bytes=plan.shared_bytes)
 
 
 def _run_warpgroup(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
-    (rows, inner), columns, chunks = x.shape, layer.out_features, layer.codes.shape[1]
+    (rows, inner), columns, chunks = x.shape, layer.out_features, layer.chunks
     grid, size = warpgroup.tile_grid(rows, inner)
     tiles = _tiles_workspace(size)
     warpgroup.tile_kernel()(grid, 4 * warpgroup.TOKENS, stream, x, 4 * chunks, tiles)
@@ -179,7 +177,7 @@ def _run_warpgroup(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:
     y = out if splits == 1 else _sums_workspace(splits * out.size).reshape(splits * rows, columns)
     wide = {"wide_scales": layer.scales.dtype.itemsize == 4, "wide_out": y.dtype.itemsize == 4}
     kernel = warpgroup.warpgroup_kernel(layer.bits, layer.group_size, layer.zero, **wide)
-    arguments = tiles.data.ptr, *_words(layer), layer.scales.shape[1], chunks, each, rows, y
+    arguments = tiles.data.ptr, *_addresses(layer), chunks, each, rows, y
     at_launch = {"dependent": True, "shared_bytes": warpgroup.SHARED_BYTES}
     kernel((*warpgroup.grid_of(rows, columns), splits), warpgroup.THREADS, stream, *arguments, **at_launch)
     if splits > 1:
@@ -221,8 +219,7 @@ def dequantised(
     weight = _weight_workspace(count * depth).reshape(count, depth)
     kernel = dequantise.dequantise_kernel(layer.bits, layer.group_size, layer.zero, layer.scales.dtype.itemsize == 4)
     grid, block = dequantise.grid_of(depth, count)
-    where = layer.codes.shape[1], first_strip, first_chunk
-    kernel(grid, block, stream, *_words(layer), layer.scales.shape[1], *where, weight)
+    kernel(grid, block, stream, *_addresses(layer), layer.strips, first_strip, first_chunk, weight)
     return weight
 
 
@@ -230,18 +227,6 @@ def _addresses(layer: DeviceLinear) -> tuple[int, int, int]:
     """Of codes, scales and zeros, 0 where there are none."""
     codes, scales, zeros = (0 if array is None else array.data.ptr for array in (layer.codes, layer.scales, layer.zeros))
     return codes, scales, zeros
-
-
-_flat: weakref.WeakKeyDictionary[DeviceLinear, tuple[Any, Any, Any]] = weakref.WeakKeyDictionary()
-
-
-def _words(layer: DeviceLinear) -> tuple[Any, Any, Any]:
-    """Codes, scales and zeros, flat, as 32-bit words: made once, since views take as long as a launch."""
-    if layer not in _flat:
-        scales = layer.scales.reshape(-1).view(np.uint32)
-        zeros = scales if layer.zeros is None else layer.zeros.reshape(-1).view(np.uint32)
-        _flat[layer] = layer.codes.reshape(-1), scales, zeros
-    return _flat[layer]
 
 
 def gather(x: Any, perm: Any, out: Any, stream: Any) -> Any:

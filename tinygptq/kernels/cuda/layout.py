@@ -16,9 +16,10 @@ pairs stand in the order 0, 2, 1, 3: pairs 0 and 1 at even places, 2 and 3 at od
     3 bits     word u, u < 3: the four pairs of unit u, then pair u of unit 3 in bits 12-14 of each half; bit 15 of word b's
                halves is bit b of unit 3's pair 3
 
-Chunks of one *strip* of 32 columns follow each other, so that a block which works on a strip reads one stretch of memory.
-Rows are padded to whole chunks and columns to whole strips; kernels multiply padded rows by x = 0 and write no padded
-column.
+A *strip* is 32 columns wide and as long as K. Chunks of the same rows follow each other, strip by strip, and a group's
+scales likewise: blocks that go through their strips side by side read one stretch of memory together, which it gives faster
+than as many stretches as there are blocks. Rows are padded to whole chunks and columns to whole strips; kernels multiply
+padded rows by x = 0 and write no padded column.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ HALF_ONES = 0x00010001
 class DeviceLinear:
     """A :class:`tinygptq.packing.PackedLinear` on the device; arrays are CuPy's (NumPy's in tests of the layout).
 
-    Shapes (S strips, C chunks in a strip, G groups; ``K = in_features``, ``N = out_features`` before padding):
-        codes:  uint32 [S, C, bits, 32 lanes, 4 columns].
-        scales: float16 or float32 [S, G, 32 columns]; G counts the padded rows' groups too.
-        zeros:  uint8 (uint16 for 8 bits) [S, G, 32], or None when all are ``zero``.
+    Shapes (C chunks in a strip, S strips, G groups, the padded rows' too, P of them together: :func:`groups_together`;
+    ``K = in_features``, ``N = out_features`` before padding):
+        codes:  uint32 [C, S, bits, 32 lanes, 4 columns].
+        scales: float16 or float32 [G / P, S, P, 32 columns].
+        zeros:  uint8 (uint16 for 8 bits) [G / P, S, P, 32], or None when all are ``zero``.
         perm:   int32 [K] or None: row i multiplies input ``perm[i]``. Callers gather x first; kernels do not look at it.
-        bias:   float32 [S * 32] or None.
+        bias:   float32 [32 * S] or None.
     """
 
     codes: Any
@@ -59,6 +61,15 @@ class DeviceLinear:
     out_features: int
 
     @property
+    def chunks(self) -> int:
+        """Of a strip."""
+        return self.codes.shape[0]
+
+    @property
+    def strips(self) -> int:
+        return self.codes.shape[1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes a product has to read."""
         return sum(int(array.nbytes) for array in (self.codes, self.scales, self.zeros) if array is not None)
@@ -71,18 +82,18 @@ def to_device(linear: PackedLinear, array: Any = None) -> DeviceLinear:
 
         array = cupy().asarray
     zeros, bits = linear.zeros, linear.bits
-    groups = -(-(linear.in_features + -linear.in_features % ROWS) // linear.group_size)  # padded rows too look up a scale
+    group_size = min(linear.group_size, linear.in_features)
     constant = int(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else None
     narrow = zeros.astype(np.uint16 if bits == 8 else np.uint8)  # 8 bits: zeros run from 0 to 256
     return DeviceLinear(
         codes=tile(array(linear.qweight), bits, None if linear.sorted else array(linear.perm)),
-        scales=strips(array(linear.scales), groups),
-        zeros=None if constant is not None else strips(array(narrow), groups),
+        scales=tables(array(linear.scales), linear.in_features, group_size),
+        zeros=None if constant is not None else tables(array(narrow), linear.in_features, group_size),
         zero=constant,
         perm=None if linear.perm is None else array(linear.perm),
         bias=None if linear.bias is None else array(np.pad(linear.bias, (0, -linear.out_features % COLUMNS))),
         bits=bits,
-        group_size=min(linear.group_size, linear.in_features),
+        group_size=group_size,
         in_features=linear.in_features,
         out_features=linear.out_features,
     )
@@ -104,14 +115,20 @@ def finished_words(bits: int, unit: int) -> tuple[int, ...]:
     return tuple(sorted(needed[unit].difference(*needed[unit + 1 :])))
 
 
-def strips(table: Any, groups: int) -> Any:
-    """[at most ``groups``, N] -> [S, groups, 32], padded with zeros."""
+def groups_together(group_size: int) -> int:
+    """Neighbouring groups whose scales of a strip follow each other: those of a chunk, when they are several whole ones."""
+    return max(1, ROWS // group_size) if ROWS % group_size == 0 else 1
+
+
+def tables(table: Any, inner: int, group_size: int) -> Any:
+    """Scales or zeros [groups, N] of ``inner`` rows -> [G / P, S, P, 32], padded with 0: padded rows look one up too."""
+    groups, together = -(-(inner + -inner % ROWS) // group_size), groups_together(group_size)
     padded = np.pad(table, ((0, groups - table.shape[0]), (0, -table.shape[1] % COLUMNS)))
-    return padded.reshape(groups, -1, COLUMNS).transpose(1, 0, 2).copy()  # (S, groups, 32)
+    return padded.reshape(groups // together, together, -1, COLUMNS).transpose(0, 2, 1, 3).copy()
 
 
 def tile(qweight: Any, bits: int, perm: Any = None) -> Any:
-    """GPTQ's words, uint32 [K * bits / 32, N] -> uint32 [S, C, bits, 32, 4]; see the module for the order. NumPy or CuPy.
+    """GPTQ's words, uint32 [K * bits / 32, N] -> uint32 [C, S, bits, 32, 4]; see the module for the order. NumPy or CuPy.
 
     Args: perm: int [K], the order in which rows are taken; None is as they are.
     """
@@ -121,8 +138,8 @@ def tile(qweight: Any, bits: int, perm: Any = None) -> Any:
     # k = (chunk, unit u, t, pair i // 2, i % 2, which of the pair); n = (strip, g, c)
     chunks, column_strips = codes.shape[0] // ROWS, codes.shape[1] // COLUMNS
     codes = codes.reshape(chunks, 4, 4, 2, 2, 2, column_strips, 8, 4)
-    codes = codes.transpose(1, 3, 4, 5, 6, 0, 7, 2, 8).reshape(PAIRS, 2, -1)  # (pair, which, strip chunk g t c)
-    halves = codes[:, 0].astype(np.uint32) | codes[:, 1].astype(np.uint32) << np.uint32(16)  # (16, S * C * 128)
+    codes = codes.transpose(1, 3, 4, 5, 0, 6, 7, 2, 8).reshape(PAIRS, 2, -1)  # (pair, which, chunk strip g t c)
+    halves = codes[:, 0].astype(np.uint32) | codes[:, 1].astype(np.uint32) << np.uint32(16)  # (16, C * S * 128)
     words = np.zeros_like(halves, shape=(bits, halves.shape[1]))
     for i in range(PAIRS):
         if place := place_of(bits, i // 4, i % 4):
@@ -130,8 +147,8 @@ def tile(qweight: Any, bits: int, perm: Any = None) -> Any:
         else:
             for bit in range(3):
                 words[bit] |= (halves[i] >> np.uint32(bit) & np.uint32(HALF_ONES)) << np.uint32(15)
-    words = words.reshape(bits, column_strips, chunks, 32, 4)
-    return words.transpose(1, 2, 0, 3, 4).copy()  # (S, C, bits, 32, 4)
+    words = words.reshape(bits, chunks, -1, 32, 4)
+    return words.transpose(1, 2, 0, 3, 4).copy()  # (C, S, bits, 32, 4)
 
 
 def _codes(words: Any, bits: int) -> Any:

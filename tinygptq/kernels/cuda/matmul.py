@@ -62,7 +62,7 @@ def matmul_kernel(
     wide_scales: bool = False,
     wide_out: bool = False,
 ):
-    """The kernel ``(codes, scales, inner, groups, chunks_each, x, zeros, y, sums, arrived)`` that writes ``y = x @ W``.
+    """The kernel ``(codes, scales, inner, chunks_each, x, zeros, y, sums, arrived)`` that writes ``y = x @ W``.
 
     Args:
         bits, group_size, zero: as in :class:`~.layout.DeviceLinear`; the group size a multiple of 32.
@@ -71,22 +71,21 @@ def matmul_kernel(
         wide_scales, wide_out: the scales, or y, are float32.
 
     Of codes, scales and zeros (those of a DeviceLinear), of x, float16 [M, K] with columns in the order of the sorted rows,
-    and of sums, float32 of :class:`Plan`'s size, the kernel has the addresses; ``inner`` is K, ``groups`` the second axis of
-    the scales, ``chunks_each`` the chunks of one team, of which none may have nothing; y [M, N]; arrived int32 [2 * tiles],
-    zero before and after.
+    and of sums, float32 of :class:`Plan`'s size, the kernel has the addresses; ``inner`` is K, ``chunks_each`` the
+    chunks of one team, of which none may have nothing; y [M, N]; arrived int32 [2 * tiles], zero before and after.
     Grid (column tiles, row tiles, splits), block ``128 * teams``, ``shared_bytes`` of dynamic shared memory: :func:`plan`.
     """
     add_chunks = _chunks_product(bits, group_size, zero, row_tiles, teams, wide_scales)
     static_words = _stages_words(row_tiles) if teams == 1 else 0  # two teams' stages are more than static memory may be
 
-    def fused_matmul(codes, scales, inner, groups, chunks_each, x, zeros, y, sums, arrived):
+    def fused_matmul(codes, scales, inner, chunks_each, x, zeros, y, sums, arrived):
         shared = cuda.shared.array(static_words, np.float32)
         total = cuda.local.array((row_tiles, 8), np.float32)
         team = np.int32(cuda.threadIdx.x >> 7 if teams > 1 else 0)
         for j in range(row_tiles):
             for e in range(8):
                 total[j, e] = np.float32(0)
-        weights, numbers = (codes, scales, zeros), (np.int32(inner), np.int32(groups), np.int32(chunks_each))
+        weights, numbers = (codes, scales, zeros), (np.int32(inner), np.int32(chunks_each))
         add_chunks(total, shared, weights, x, y.shape, numbers, team)
         if teams > 1:
             _join_teams(total, row_tiles, shared, team)
@@ -115,7 +114,7 @@ def _chunks_product(bits, group_size, zero, row_tiles, teams, wide_scales):
     stage_words = _stages_words(row_tiles) // STAGES
     pending = STAGES - 2  # stages that may still be on their way when one is used
     load_codes, copy_stage = load_stream_pieces(bits), _stage_copier(rows)
-    fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
+    locate, fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
     first, second, third, fourth = (_unit_product(bits, zero, row_tiles, unit, wide_scales) for unit in range(4))
     unit_words = stage_words // 2
 
@@ -130,16 +129,16 @@ def _chunks_product(bits, group_size, zero, row_tiles, teams, wide_scales):
 
     @device_function
     def add_chunks(total, shared, weights, x, shape, numbers, team):
-        (codes, scales, zeros), (inner, groups, chunks_each) = weights, numbers
+        (codes, scales, zeros), (inner, chunks_each) = weights, numbers
         thread = np.int32(cuda.threadIdx.x & THREADS - 1)
         lane = np.int32(thread & 31)
         chunks, strips = np.int32(inner + CHUNK - 1 >> 7), np.int32(shape[1] + STRIP - 1 >> 5)
         strip = min(np.int32(cuda.blockIdx.x * WARPS + (thread >> 5)), np.int32(strips - 1))
         chunk = np.int32(np.int32(cuda.blockIdx.z * teams + team) * chunks_each)
         last = np.int32(min(np.int32(chunk + chunks_each), chunks) - 1)  # of this team's chunks
-        codes_at = np.int32(strip * chunks * chunk_words + 4 * lane)
-        table = np.int32(strip * groups * STRIP + 4 * (lane >> 2))
-        words = load_codes(codes, np.int32(codes_at + chunk * chunk_words))
+        codes_at, pitch = np.int32(strip * chunk_words + 4 * lane), np.int32(strips * chunk_words)
+        table = locate(strip, strips, lane)
+        words = load_codes(codes, np.int32(codes_at + chunk * pitch))
         scale, offset = fetch_tables(scales, zeros, table, chunk)
 
         row = np.int32(cuda.blockIdx.y * rows + (thread >> 2))
@@ -149,7 +148,7 @@ def _chunks_product(bits, group_size, zero, row_tiles, teams, wide_scales):
             copy_stage(shared, base + stage * stage_words, x, source, rows_left, inner, np.int32(k + STAGE * stage))
         while True:  # for one chunk at least: the first loads would be put off until it is known that there is one
             following = min(np.int32(chunk + 1), last)
-            after = np.int32(codes_at + following * chunk_words)
+            after = np.int32(codes_at + following * pitch)
             next_scale, next_offset = fetch_tables(scales, zeros, table, following)
             ready(team)
             free = np.int32(base + (slot ^ 2 | 1) * stage_words)

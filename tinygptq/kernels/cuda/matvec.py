@@ -15,8 +15,6 @@ What limits it is how soon the first bytes are on their way, and how many at onc
   to be there first: the copy waits for memory, and so do the loads behind it.
 - Whether there is a next chunk is asked by each load (a predicate), not by a branch: behind a branch no load comes before
   the products in front of it. So the assembler asks for the next words as soon as a unit of the last ones is unpacked.
-- Blocks of two warps do not all begin with their strip's first chunk, where ``Plan.apart``: they would go through K side by
-  side, all asking for the same few lines of x, and for weights a whole strip apart.
 - The end is short, and a loop: it runs once, and code that runs once is waited for.
 - x comes by another road, and its sums are taken when it is there, while weights still are not.
 """
@@ -39,8 +37,6 @@ from tinygptq.kernels.cuda.streams import load_stream_pieces_if
 from tinygptq.kernels.cuda.tables import device_function, scale_floats, table_reader, zero_floats
 
 PITCH = STRIP + 4  # floats between rows of the sums in shared memory: lanes of a warp fall on different banks
-TURN_BITS, STEP = 5, 5  # blocks begin at one of 32 places in K, neighbours 5 of them apart
-TURNS = 1 << TURN_BITS
 MOST_WARPS = 16  # of a block
 RESERVED = 1 << 10  # bytes of shared memory that the system takes for each block
 
@@ -88,7 +84,6 @@ class Plan:
         short: no warp has more than two chunks, and there is no code for more, which is less to fetch before it can run.
         slots: chunks in a warp's ring of x. In one of three there is a free slot, which can be filled at once; in one of two
             all lanes must have read theirs before.
-        apart: blocks begin with different chunks of their strips, and come to the first ones last.
     """
 
     warps: int
@@ -96,7 +91,6 @@ class Plan:
     sets: int = 2
     short: bool = False
     slots: int = 3
-    apart: bool = False
 
     def shared_bytes(self, row_tiles: int) -> int:
         """What a block takes of a multiprocessor's shared memory."""
@@ -120,7 +114,7 @@ def plan(strips: int, inner: int, row_tiles: int, bits: int, group_size: int, mu
         warps, resident = 5 if (bits, row_tiles, sets) == (4, 1, 2) else 4, 3
     else:
         warps, resident = (4, 3) if bits == 8 else (2, 6)
-    return _fitting(Plan(min(warps, chunks), resident, sets, apart=each > 3 and sets == 2), chunks, row_tiles, shared)
+    return _fitting(Plan(min(warps, chunks), resident, sets), chunks, row_tiles, shared)
 
 
 def _fitting(plan: Plan, chunks: int, row_tiles: int, shared: int) -> Plan:
@@ -137,18 +131,18 @@ class Source(NamedTuple):
 
     Attributes:
         codes, scales, zeros: as the kernel's.
-        codes_at, table: its first word of chunk 0, and its place among the scales of group 0.
+        codes_at, pitch: its first word of chunk 0, and how far the next chunk's is.
+        table: where its scales and zeros are: see :func:`~.tables.table_reader`.
         last: the strip's last chunk.
-        turn: the chunk that comes first, where ``Plan.apart``.
     """
 
     codes: Any
     scales: Any
     zeros: Any
     codes_at: Any
+    pitch: Any
     table: Any
     last: Any
-    turn: Any
 
 
 @functools.cache
@@ -163,7 +157,7 @@ def matvec_kernel(
     wide_scales: bool = False,
     epilogue: Epilogue = store,
 ):
-    """The kernel ``(codes, scales, inner, groups, x, zeros, y, extra)`` that hands the sums of ``x @ W`` to an epilogue.
+    """The kernel ``(codes, scales, inner, strips, x, zeros, y, extra)`` that hands the sums of ``x @ W`` to an epilogue.
 
     Args:
         bits, group_size, zero: as in :class:`~.layout.DeviceLinear`; the group size a multiple of 32.
@@ -174,19 +168,18 @@ def matvec_kernel(
         epilogue: gets the float32 sums, once for each row and strip.
 
     Of codes, scales and zeros (those of a DeviceLinear) and of x, float16 [M, K] with columns in the order of the sorted
-    rows, the kernel has the addresses; ``inner`` is K, ``groups`` the second axis of the scales; y [M, N] and the tuple
-    extra are as the epilogue wants them.
+    rows, the kernel has the addresses; ``inner`` is K; y [M, N] and the tuple extra
+    are as the epilogue wants them.
     Grid (strips), block ``32 * warps``, :func:`~.activations.ring_bytes` of dynamic shared memory.
     """
     warps, tile_rows, chunk_words = plan.warps, 8 * row_tiles, bits * CHUNK
     partial_size = warps * tile_rows * PITCH
-    chunk_at = _order(plan.apart)
-    fetch = _weights_reader(bits, group_size, zero, wide_scales, chunk_at)
+    locate_tables, fetch = _weights_reader(bits, group_size, zero, wide_scales)
     locate, copy_chunk, take = ring(row_tiles, plan.slots, ragged or plan.short)
 
     @device_function
-    def copy(shared, place, source, x, step, slot):
-        copy_chunk(shared, place, x, chunk_at(source, step), np.int32(source.last + 1), slot)
+    def copy(shared, place, source, x, chunk, slot):
+        copy_chunk(shared, place, x, chunk, np.int32(source.last + 1), slot)
 
     multiply_chunks = _run(
         plan, fetch, copy, take, _chunk_product(bits, group_size, zero, row_tiles, wide_scales), tile_rows
@@ -195,16 +188,14 @@ def matvec_kernel(
     finish = _finisher(tile_rows, warps, epilogue)
     read, nothing = epilogue.read, epilogue.nothing
 
-    def matvec(codes, scales, inner, groups, x, zeros, y, extra):
+    def matvec(codes, scales, inner, strips, x, zeros, y, extra):
         partial = cuda.shared.array(partial_size, np.float32, alignment=16)
         shared = cuda.shared.array(0, np.uint32)
         lane, warp, strip = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5), np.int32(cuda.blockIdx.x)
-        inner, groups, rows = np.int32(inner), np.int32(groups), np.int32(y.shape[0])
+        inner, strips, rows = np.int32(inner), np.int32(strips), np.int32(y.shape[0])
         chunks = np.int32(inner + CHUNK - 1 >> 7)
-        codes_at = np.int32(strip * chunks * chunk_words + 4 * lane)
-        table = np.int32(strip * groups * STRIP + 4 * (lane >> 2))
-        turn = np.int32((STEP * strip & TURNS - 1) * chunks >> TURN_BITS)
-        source = Source(codes, scales, zeros, codes_at, table, np.int32(chunks - 1), turn)
+        codes_at, pitch = np.int32(strip * chunk_words + 4 * lane), np.int32(strips * chunk_words)
+        source = Source(codes, scales, zeros, codes_at, pitch, locate_tables(strip, strips, lane), np.int32(chunks - 1))
 
         # weights, which no kernel writes, before the kernels in front of this one have ended; x after
         weights = fetch(source, warp, True)
@@ -304,35 +295,23 @@ def _finisher(tile_rows, warps, epilogue):
     return finish
 
 
-def _order(apart):
-    """Device function ``(source, step)``: the chunk that a block comes to at a step; one beyond the last stays beyond."""
-
-    @device_function
-    def chunk_at(source, step):
-        place = np.int32(step + source.turn)
-        if not apart or step > source.last:
-            return step
-        return np.int32(place - source.last - 1) if place > source.last else place
-
-    return chunk_at
-
-
-def _weights_reader(bits, group_size, zero, wide_scales, chunk_at):
-    """Device function: what a lane needs of the weights of one step, as it is in memory: words, scales and zero points.
+def _weights_reader(bits, group_size, zero, wide_scales):
+    """Device functions: where a lane's scales and zero points are, and what it needs of the weights of one chunk, as it is
+    in memory: words, scales and zero points.
 
     Where they are not ``wanted`` it reads no words, and the last chunk's scales.
     """
-    load_codes, chunk_words = load_stream_pieces_if(bits), bits * CHUNK
-    fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
+    load_codes = load_stream_pieces_if(bits)
+    locate, fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
 
     @device_function
-    def fetch(source, step, wanted):
-        place = chunk_at(source, step)
-        words = load_codes(source.codes, np.int32(source.codes_at + place * chunk_words), wanted)
-        scale, offset = fetch_tables(source.scales, source.zeros, source.table, place if wanted else source.last)
+    def fetch(source, chunk, wanted):
+        words = load_codes(source.codes, np.int32(source.codes_at + chunk * source.pitch), wanted)
+        of_chunk = chunk if wanted else source.last
+        scale, offset = fetch_tables(source.scales, source.zeros, source.table, of_chunk)
         return words, scale, offset
 
-    return fetch
+    return locate, fetch
 
 
 def _chunk_product(bits, group_size, zero, row_tiles, wide_scales):

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from tinygptq.kernels.cuda.layout import COLUMNS, PAIRS, ROWS
+from tinygptq.kernels.cuda.layout import COLUMNS, PAIRS, ROWS, groups_together
 from tinygptq.kernels.cuda.runtime import SIMULATOR, cuda
 
 PARTS = 8  # threads that share one column's K rows
@@ -33,10 +33,11 @@ def plain_kernel(bits: int, group_size: int, zero: int | None):
     Args:
         bits, group_size, zero: as in :class:`~.layout.DeviceLinear`.
 
-    Shapes: x float16 or float32 [M, K] with columns in the order of the sorted rows; codes uint32 [S, C, bits, 32, 4],
-    scales and zeros [S, G, 32] those of a DeviceLinear (zeros is not read when ``zero`` is a number); y float16 or float32
-    [M, N]. Products and sums are float32. Grid (ceil(N / 32), ceil(M / 8)), block (32, 8): :func:`grid_of`.
+    Shapes: x float16 or float32 [M, K] with columns in the order of the sorted rows; codes uint32 [C, S, bits, 32, 4],
+    scales and zeros [G / P, S, P, 32] those of a DeviceLinear (zeros is not read when ``zero`` is a number); y float16 or
+    float32 [M, N]. Products and sums are float32. Grid (ceil(N / 32), ceil(M / 8)), block (32, 8): :func:`grid_of`.
     """
+    together = groups_together(group_size)
     same_scale = math.gcd(group_size, RUN)  # neighbouring k that surely share a group
 
     def plain_matmul(x, codes, scales, zeros, y):
@@ -50,9 +51,9 @@ def plain_kernel(bits: int, group_size: int, zero: int | None):
 
         for run in range(part, x.shape[1] // RUN, PARTS):
             for start in range(RUN * run, RUN * (run + 1), same_scale):
-                group = start // group_size
-                scale = np.float32(scales[strip, group, lane])
-                offset = np.float32(zeros[strip, group, lane] if zero is None else zero)
+                groups, group = start // group_size // together, start // group_size % together
+                scale = np.float32(scales[groups, strip, group, lane])
+                offset = np.float32(zeros[groups, strip, group, lane] if zero is None else zero)
                 for k in range(start, start + same_scale):
                     weight = scale * (np.float32(code_at(codes, bits, strip, lane, k)) - offset)
                     for r in range(rows):
@@ -82,12 +83,12 @@ def code_at(codes, bits, strip, column, k):
         word, place = (unit, pair % 2 * 2 + pair // 2) if unit < 3 else (pair, 4)
         if word == 3:  # unit 3's pair 3: bit b is the top bit of word b's half
             top = np.uint32(16 * half + 15)
-            low = codes[strip, chunk, 0, lane, column % 4] >> top & np.uint32(1)
-            middle = codes[strip, chunk, 1 % bits, lane, column % 4] >> top & np.uint32(1)
-            high = codes[strip, chunk, 2 % bits, lane, column % 4] >> top & np.uint32(1)
+            low = codes[chunk, strip, 0, lane, column % 4] >> top & np.uint32(1)
+            middle = codes[chunk, strip, 1 % bits, lane, column % 4] >> top & np.uint32(1)
+            high = codes[chunk, strip, 2 % bits, lane, column % 4] >> top & np.uint32(1)
             return low | middle << np.uint32(1) | high << np.uint32(2)
     shift = np.uint32(16 * half + bits * place)
-    return codes[strip, chunk, word, lane, column % 4] >> shift & np.uint32((1 << bits) - 1)
+    return codes[chunk, strip, word, lane, column % 4] >> shift & np.uint32((1 << bits) - 1)
 
 
 @kernel

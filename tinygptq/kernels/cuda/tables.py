@@ -4,6 +4,7 @@ import numpy as np
 
 from tinygptq.kernels.cuda.layout import COLUMNS as STRIP
 from tinygptq.kernels.cuda.layout import ROWS as CHUNK
+from tinygptq.kernels.cuda.layout import groups_together
 from tinygptq.kernels.cuda.ptx import (
     and_or,
     float_from_bits,
@@ -23,30 +24,43 @@ def device_function(function):
 
 
 def table_reader(bits, group_size, read_zeros, wide_scales):
-    """Device function: scales and zeros of a lane's four columns in a chunk, as they are in memory; once for each unit."""
+    """Device functions: where scales and zeros of a lane's four columns are, and what is there.
+
+    ``locate(strip, strips, lane)`` -> (index of those of group 0, how far the next ones are).
+    ``fetch(scales, zeros, place, chunk)`` -> those of the chunk, as they are in memory; once for each unit.
+    """
     load_scales, load_zeros = load_words(4 if wide_scales else 2), load_words(2 if bits == 8 else 1)
     scale_shift, zero_shift = 0 if wide_scales else 1, 1 if bits == 8 else 2  # numbers in a word, as a power of 2
-    one_group = group_size % CHUNK == 0
+    together = groups_together(group_size)
+    one_group, whole_groups = group_size % CHUNK == 0, CHUNK % group_size == 0  # in a chunk
 
     @device_function
-    def fetch(scales, zeros, table, k):
-        index = table + STRIP * (k // group_size)
+    def locate(strip, strips, lane):
+        return np.int32(STRIP * together * strip + 4 * (lane >> 2)), np.int32(STRIP * together * strips)
+
+    @device_function
+    def fetch_unit(scales, zeros, place, chunk, unit):
+        if whole_groups:  # a step that is known, so that it becomes part of the load
+            first, step = np.int32(place[0] + place[1] * chunk), STRIP * (32 * unit // group_size)
+        else:
+            group = np.int32(np.uint32(CHUNK * chunk + 32 * unit) // np.uint32(group_size))
+            first, step = np.int32(place[0] + place[1] * group), 0
+        scale = load_scales(scales, np.int64(first >> scale_shift) + (step >> scale_shift))
         if read_zeros:
-            return load_scales(scales, index >> scale_shift), load_zeros(zeros, index >> zero_shift)
-        return load_scales(scales, index >> scale_shift), (np.uint32(0),)
+            return scale, load_zeros(zeros, np.int64(first >> zero_shift) + (step >> zero_shift))
+        return scale, (np.uint32(0),)
 
     @device_function
-    def fetch_tables(scales, zeros, table, chunk):
-        k = CHUNK * chunk
-        s0, z0 = fetch(scales, zeros, table, k)
+    def fetch(scales, zeros, place, chunk):
+        s0, z0 = fetch_unit(scales, zeros, place, chunk, 0)
         if one_group:
             return (s0, s0, s0, s0), (z0, z0, z0, z0)
-        s1, z1 = fetch(scales, zeros, table, k + 32)
-        s2, z2 = fetch(scales, zeros, table, k + 64)
-        s3, z3 = fetch(scales, zeros, table, k + 96)
+        s1, z1 = fetch_unit(scales, zeros, place, chunk, 1)
+        s2, z2 = fetch_unit(scales, zeros, place, chunk, 2)
+        s3, z3 = fetch_unit(scales, zeros, place, chunk, 3)
         return (s0, s1, s2, s3), (z0, z1, z2, z3)
 
-    return fetch_tables
+    return locate, fetch
 
 
 def table_decoder(bits, zero, wide_scales):

@@ -98,31 +98,35 @@ def tile_grid(rows: int, inner: int) -> tuple[tuple[int, int], int]:
 
 @functools.cache
 def warpgroup_kernel(bits: int, group_size: int, zero: int | None, *, wide_scales: bool = False, wide_out: bool = False):
-    """The kernel ``(tiles, codes, scales, zeros, groups, chunks, chunks_each, rows, y)`` that writes ``y = x @ W``.
+    """The kernel ``(tiles, codes, scales, zeros, chunks, chunks_each, rows, y)`` that writes ``y = x @ W``.
 
-    Args: as :func:`~.matmul.matmul_kernel`'s; ``tiles`` is the address of what :func:`tile_kernel` wrote, ``chunks`` the
-        second axis of the codes; y is [splits * rows, N], what the splits of K contribute one below the other.
+    Args: as :func:`~.matmul.matmul_kernel`'s.
+
+    Of tiles, what :func:`tile_kernel` wrote, and of codes, scales and zeros (those of a DeviceLinear) the kernel has the
+    addresses; ``chunks`` is the first axis of the codes, ``chunks_each`` how many a split of K has. y [splits * rows, N]
+    gets what the splits contribute, one below the other.
     Grid (*:func:`grid_of`, splits), block THREADS, dynamic shared memory SHARED_BYTES. It may begin while the tile kernel
     still runs.
     """
     load_codes = load_stream_pieces(bits)
-    fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
+    locate, fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
     fragments = [weight_fragments(bits, zero, unit, wide_scales) for unit in range(4)]
     first_unit, second_unit, third_unit, fourth_unit = fragments
     wait_for_all_but_one = hopper.wait_for_all_but_one(4 * bits)
 
-    def warpgroup_matmul(tiles, codes, scales, zeros, groups, chunks, chunks_each, rows, y):
+    def warpgroup_matmul(tiles, codes, scales, zeros, chunks, chunks_each, rows, y):
         shared = cuda.shared.array(0, np.uint32)
         even_sums, odd_sums = cuda.local.array(SUMS, np.float32), cuda.local.array(SUMS, np.float32)
         lane, warp = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32
-        strip = min(cuda.blockIdx.y * WARPS + warp, (y.shape[1] + STRIP - 1) // STRIP - 1)
+        strips = (y.shape[1] + STRIP - 1) // STRIP
+        strip = min(cuda.blockIdx.y * WARPS + warp, strips - 1)
         first = cuda.blockIdx.z * chunks_each
         last = min(first + chunks_each, chunks)  # this block's chunks: first <= chunk < last
-        table, base = strip * groups * STRIP + 4 * (lane // 4), hopper.place_of_shared(shared)
+        table, base = locate(strip, strips, lane), hopper.place_of_shared(shared)
         source, stages = tiles + 2 * STAGE_BYTES * (np.int64(chunks) * cuda.blockIdx.x + first), 2 * (last - first)
         matrix = _describe(base)
 
-        words = load_codes(codes, (strip * chunks + first) * bits * 128 + 4 * lane)
+        words = load_codes(codes, (first * strips + strip) * bits * 128 + 4 * lane)
         scale, offset = fetch_tables(scales, zeros, table, first)
         if cuda.threadIdx.x == 0:
             for slot in range(STAGES):
@@ -137,7 +141,7 @@ def warpgroup_kernel(bits: int, group_size: int, zero: int | None, *, wide_scale
         even, odd, slot, parity = ALL_ZERO, ALL_ZERO, np.int64(0), np.int64(0)
         for chunk in range(first, last):
             after, stage = min(chunk + 1, last - 1), 2 * (chunk - first)
-            next_words = load_codes(codes, (strip * chunks + after) * bits * 128 + 4 * lane)
+            next_words = load_codes(codes, (after * strips + strip) * bits * 128 + 4 * lane)
             next_scale, next_offset = fetch_tables(scales, zeros, table, after)
 
             a, b = first_unit(words, scale[0], offset[0]), second_unit(words, scale[1], offset[1])
