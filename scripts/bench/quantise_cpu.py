@@ -29,10 +29,16 @@ AT_ONCE = 16  # windows that go through a stage together
 # ------------------------------------------------------------------------------------------------ the peer
 
 
-def gptq(W, H, bits: int, group_size: int):
+def gptq(W, H, bits: int, group_size: int, desc_act: bool = False):
     """Algorithm 1 in torch float32, symmetric: W [out, in] becomes what its codes stand for, in place."""
     import torch
 
+    if desc_act:  # columns by falling diagonal, groups in that order
+        order = H.diagonal().argsort(descending=True)
+        sorted_W = W[:, order]
+        gptq(sorted_W, H[order][:, order], bits, group_size)
+        W[:, order] = sorted_W
+        return
     columns, half = W.shape[1], 2 ** (bits - 1)
     H[range(columns), range(columns)] += 0.01 * H.diagonal().mean()
     Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
@@ -52,15 +58,15 @@ def gptq(W, H, bits: int, group_size: int):
         W[:, end:] -= errors @ Hinv[start:end, end:]
 
 
-def solve(linears, inputs: list, bits: int, group_size: int) -> None:
+def solve(linears, inputs: list, *settings) -> None:
     """Quantise linears that share their inputs, a list of [B, T, in]."""
     H = sum((2 / sum(len(x) for x in inputs)) * (x.flatten(0, 1).T @ x.flatten(0, 1)) for x in inputs)
     for linear in linears:
-        gptq(linear.weight.data, H.clone(), bits, group_size)
+        gptq(linear.weight.data, H.clone(), *settings)
 
 
-def peer(folder: str, windows: list[list[int]], bits: int, group_size: int, threads: int) -> float:
-    """Seconds from the loaded model to its last quantised linear."""
+def peer(folder: str, windows: list[list[int]], threads: int, *settings):
+    """(transformers' model, its linears quantised; seconds from the loaded one to that). Settings as :func:`gptq`'s."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
     from transformers import LlamaForCausalLM
@@ -76,21 +82,21 @@ def peer(folder: str, windows: list[list[int]], bits: int, group_size: int, thre
         for block in model.model.layers:
             attention, mlp = block.self_attn, block.mlp
             x = [block.input_layernorm(h) for h in hidden]
-            solve((attention.k_proj, attention.v_proj, attention.q_proj), x, bits, group_size)
+            solve((attention.k_proj, attention.v_proj, attention.q_proj), x, *settings)
             for i, one in enumerate(x):
                 q, k, v = (linear(one).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
                            for linear in (attention.q_proj, attention.k_proj, attention.v_proj))  # fmt: skip
                 q, k = apply_rotary_pos_emb(q, k, *turn)
                 mixed = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
                 x[i] = mixed.transpose(1, 2).flatten(2)
-            solve((attention.o_proj,), x, bits, group_size)
+            solve((attention.o_proj,), x, *settings)
             hidden = [h + attention.o_proj(one) for h, one in zip(hidden, x, strict=True)]
             x = [block.post_attention_layernorm(h) for h in hidden]
-            solve((mlp.up_proj, mlp.gate_proj), x, bits, group_size)
+            solve((mlp.up_proj, mlp.gate_proj), x, *settings)
             x = [mlp.act_fn(mlp.gate_proj(one)) * mlp.up_proj(one) for one in x]
-            solve((mlp.down_proj,), x, bits, group_size)
+            solve((mlp.down_proj,), x, *settings)
             hidden = [h + mlp.down_proj(one) for h, one in zip(hidden, x, strict=True)]
-    return time.perf_counter() - started
+    return model, time.perf_counter() - started
 
 
 # ------------------------------------------------------------------------------------------------ the comparison
@@ -133,7 +139,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
-        print(peer(args.model, windows_of(args), 4, args.group_size, args.threads))
+        print(peer(args.model, windows_of(args), args.threads, 4, args.group_size)[1])
         return
     peers, found = [theirs(args)], {}
     for recipe in args.recipes:
