@@ -168,9 +168,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    wanted = {f"tinygptq {args.gptq.name}": (TinyGPTQ, str(args.gptq))}
+    wanted = {"tinygptq quantised": (TinyGPTQ, str(args.gptq))}
     if args.gguf:
-        wanted[f"llama.cpp {args.gguf.suffixes[0].lstrip('.')}"] = (LlamaCpp, str(args.gguf))
+        wanted["llama.cpp"] = (LlamaCpp, str(args.gguf))
     if args.dense:
         wanted["transformers fp32"] = (Transformers, f"float32:{args.dense}")
         wanted["transformers bf16"] = (Transformers, f"bfloat16:{args.dense}")
