@@ -117,7 +117,7 @@ def finished_words(bits: int, unit: int) -> tuple[int, ...]:
 
 def groups_together(group_size: int) -> int:
     """Neighbouring groups whose scales of a strip follow each other: those of a chunk, when they are several whole ones."""
-    return max(1, ROWS // group_size) if ROWS % group_size == 0 else 1
+    return ROWS // group_size if ROWS % group_size == 0 else 1
 
 
 def tables(table: Any, inner: int, group_size: int) -> Any:
