@@ -75,7 +75,8 @@ def test_matmul(capability, bits, group_size, zero, row_tiles, teams):
     assert count(ptx, "cp.async.cg.shared.global") >= 2
     assert count(ptx, STREAM) == 2 * bits  # the first chunk's words, and the next one's
     assert not count(ptx, "st.local")  # the sums stay in registers
-    assert count(ptx, "barrier.sync.aligned") == 2 * (teams - 1)  # a team waits for itself alone, once for each stage
+    # a team waits for itself alone: for each of the loop's two stages, and before the second one leaves its sums there
+    assert count(ptx, "barrier.sync.aligned") == 3 * (teams - 1)
     assert count(ptx, "atom.acq_rel.gpu") == 2 and count(ptx, "ld.acquire.gpu")  # splits wait for each other
 
 

@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from tinygptq.kernels.cuda.launch import Kernel
-from tinygptq.kernels.cuda.matvec import Epilogue
+from tinygptq.kernels.cuda.matvec import PITCH, Epilogue, finisher
 from tinygptq.kernels.cuda.ptx import load_16_bytes, mma
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.steps import begin_dependents, wait_for_dependencies
@@ -20,7 +20,6 @@ from tinygptq.kernels.cuda.tables import device_function
 WARPS = 8
 STRIP = 32  # columns of y that a block computes
 STEP = 32  # k of one turn of a warp: 8 in each of four lanes
-PITCH = STRIP + 4  # floats between rows of the sums in shared memory
 NO_SUM = (np.float32(0),) * 4
 
 
@@ -36,7 +35,7 @@ def dense_kernel(row_tiles: int, epilogue: Epilogue) -> Kernel:
     rows = 8 * row_tiles
     partial_size = WARPS * rows * PITCH
     load = load_stream_pieces(1)
-    read, nothing, finish = epilogue
+    finish, read, nothing = finisher(rows, WARPS, 1, epilogue), epilogue.read, epilogue.nothing
 
     @device_function
     def fetch(weight, first, second, third, fourth, k):
@@ -73,9 +72,7 @@ def dense_kernel(row_tiles: int, epilogue: Epilogue) -> Kernel:
         ahead = fetch(weight, first, second, third, fourth, start)
         begin_dependents()
         wait_for_dependencies()
-        known = nothing
-        if warp < x.shape[0]:
-            known = read(warp, strip, lane, y, extra)
+        known = read(warp, strip, lane, y, extra) if warp < x.shape[0] else nothing
         for k in range(STEP * warp, inner, turn):
             w = ahead
             ahead = fetch(weight, first, second, third, fourth, min(k + turn, inner - STEP))
@@ -85,13 +82,6 @@ def dense_kernel(row_tiles: int, epilogue: Epilogue) -> Kernel:
         leave(partial, warp, lane, 0, p, q)
         if row_tiles == 2:
             leave(partial, warp, lane, 1, r, s)
-        cuda.syncthreads()
-        for row in range(warp, x.shape[0], WARPS):
-            result = np.float32(0)
-            for w in range(WARPS):
-                result += partial[np.uint32((w * rows + row) * PITCH + lane)]
-            if row != warp:
-                known = read(row, strip, lane, y, extra)
-            finish(row, strip, lane, result, y, extra, known)
+        finish(partial, np.int32(strip), np.int32(x.shape[0]), y, extra, known)
 
     return Kernel(dense_matvec, (32 * WARPS, 3))

@@ -76,7 +76,8 @@ def matmul_kernel(
     Grid (column tiles, row tiles, splits), block ``128 * teams``, ``shared_bytes`` of dynamic shared memory: :func:`plan`.
     """
     add_chunks = _chunks_product(bits, group_size, zero, row_tiles, teams, wide_scales)
-    static_words = _stages_words(row_tiles) if teams == 1 else 0  # two teams' stages are more than static memory may be
+    stages_words = _stages_words(row_tiles)
+    static_words = stages_words if teams == 1 else 0  # two teams' stages are more than static memory may be
 
     def fused_matmul(codes, scales, inner, chunks_each, x, zeros, y, sums, arrived):
         shared = cuda.shared.array(static_words, np.float32)
@@ -88,7 +89,7 @@ def matmul_kernel(
         weights, numbers = (codes, scales, zeros), (np.int32(inner), np.int32(chunks_each))
         add_chunks(total, shared, weights, x, y.shape, numbers, team)
         if teams > 1:
-            _join_teams(total, row_tiles, shared, team)
+            _join_teams(total, row_tiles, shared, stages_words, team)
         lane, strip = cuda.threadIdx.x % 32, cuda.blockIdx.x * WARPS + cuda.threadIdx.x // 32 % WARPS
         first_row = cuda.blockIdx.y * 8 * row_tiles
         if cuda.gridDim.z > 1:
@@ -223,12 +224,12 @@ def _unit_product(bits, zero, row_tiles, unit, wide_scales):
 
 
 @device_function
-def _join_teams(total, row_tiles, shared, team):
-    """The first team's sums become those of both; the second team's pass through the memory where stages of x were."""
-    copy_async_wait(0)
-    cuda.syncthreads()
-    mine = cuda.threadIdx.x % THREADS
+def _join_teams(total, row_tiles, shared, stages_words, team):
+    """The first team's sums become those of both; the second team's pass through the memory where its stages of x were."""
+    mine = stages_words + cuda.threadIdx.x % THREADS
     if team == 1:
+        copy_async_wait(0)
+        sync_team(2, THREADS)  # all of the team have read their last stage, and nothing more arrives in its memory
         for j in range(row_tiles):
             for e in range(8):
                 shared[mine + (8 * j + e) * THREADS] = total[j, e]

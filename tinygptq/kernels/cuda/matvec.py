@@ -185,7 +185,7 @@ def matvec_kernel(
         plan, fetch, copy, take, _chunk_product(bits, group_size, zero, row_tiles, wide_scales), tile_rows
     )
     leave = leave_sums(row_tiles, PITCH)
-    finish = _finisher(tile_rows, warps, epilogue)
+    finish = finisher(tile_rows, warps, UNIT, epilogue)
     read, nothing = epilogue.read, epilogue.nothing
 
     def matvec(codes, scales, inner, strips, x, zeros, y, extra):
@@ -270,9 +270,12 @@ def _run(plan, fetch, copy, take, multiply_chunk, tile_rows):
     return short if plan.short else one_set if plan.sets == 1 else two_sets
 
 
-def _finisher(tile_rows, warps, epilogue):
-    """Device function: add up what the warps left, and hand it to the epilogue."""
-    read, end, unit = epilogue.read, epilogue.finish, np.float32(UNIT)
+def finisher(tile_rows, warps, unit, epilogue):
+    """Device function: add up what the warps left, in so large units, and hand it to the epilogue.
+
+    ``partial`` is float32 [warps, tile_rows, PITCH], ``known`` what the epilogue has read for this warp's first row.
+    """
+    read, end, unit = epilogue.read, epilogue.finish, np.float32(unit)
 
     @device_function
     def finish(partial, strip, rows, y, extra, known):

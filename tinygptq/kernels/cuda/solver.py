@@ -128,14 +128,30 @@ def grids_kernel() -> Kernel:
 # ------------------------------------------------------------------------------------------------- a block of columns
 
 
+# A lane holds four columns of its warp's row, 32 apart; "four" is a tuple of their numbers, each in a register.
+
+
 @device_function
-def pick(part, a, b, c, d):
-    """The register that holds columns 32 * part .. of the block."""
+def pick(part, four):
+    """The number of columns 32 * part .. of the block."""
+    a, b, c, d = four
     return (a if part == 0 else b) if part < 2 else (c if part == 2 else d)
 
 
 @device_function
-def four(array, at, there):
+def keep(part, mine, err, code, w, z):
+    """Weights and zeros, of which those of columns 32 * part .. become error and code in the lane that says ``mine``."""
+    a, b, c, d = w
+    za, zb, zc, zd = z
+    a, za = (err, code) if mine and part == 0 else (a, za)
+    b, zb = (err, code) if mine and part == 1 else (b, zb)
+    c, zc = (err, code) if mine and part == 2 else (c, zc)
+    d, zd = (err, code) if mine and part == 3 else (d, zd)
+    return (a, b, c, d), (za, zb, zc, zd)
+
+
+@device_function
+def load_four(array, at, there):
     """``array[at]`` and what is 32, 64 and 96 further on, where it is there; else 0."""
     a, b = array[at] if there[0] else ZERO, array[at + np.uint32(32)] if there[1] else ZERO
     return a, b, array[at + np.uint32(64)] if there[2] else ZERO, array[at + np.uint32(96)] if there[3] else ZERO
@@ -151,11 +167,42 @@ def grid_at(scales, zeros, column_groups, table, column, there):
 
 
 @device_function
+def grids_at(scales, zeros, column_groups, table, column, there):
+    """Four scales and four zeros of a row whose grids are known."""
+    sa, za = grid_at(scales, zeros, column_groups, table, column, there[0])
+    sb, zb = grid_at(scales, zeros, column_groups, table, column + np.uint32(32), there[1])
+    sc, zc = grid_at(scales, zeros, column_groups, table, column + np.uint32(64), there[2])
+    sd, zd = grid_at(scales, zeros, column_groups, table, column + np.uint32(96), there[3])
+    return (sa, sb, sc, sd), (za, zb, zc, zd)
+
+
+@device_function
 def within(scale, zero, old_scale, old_zero, column, begin, end):
     """The new grid for columns of a group, the old one for others."""
     if column >= begin and column < end:
         return scale, zero
     return old_scale, old_zero
+
+
+@device_function
+def replace_grids(scale, zero, s, z, lane, begin, end):
+    """Four scales and four zeros, of which those of columns begin .. end-1 of the block become the new ones."""
+    sa, za = within(scale, zero, s[0], z[0], lane, begin, end)
+    sb, zb = within(scale, zero, s[1], z[1], lane + 32, begin, end)
+    sc, zc = within(scale, zero, s[2], z[2], lane + 64, begin, end)
+    sd, zd = within(scale, zero, s[3], z[3], lane + 96, begin, end)
+    return (sa, sb, sc, sd), (za, zb, zc, zd)
+
+
+@device_function
+def grid_of_group(tile, warp, lane, w, begin, end, importance, first, clips, sym, maxq, least_zero):
+    """Scale and zero of the block's columns begin .. end-1, which are spread over the lanes: they meet in shared memory."""
+    tile[warp, lane], tile[warp, lane + np.uint32(32)] = w[0], w[1]
+    tile[warp, lane + np.uint32(64)], tile[warp, lane + np.uint32(96)] = w[2], w[3]
+    cuda.syncwarp()
+    grid = find_grid_of_columns(tile, warp, begin, end, importance, first, clips, sym, maxq, least_zero)
+    cuda.syncwarp()  # all have read before the next group is written
+    return grid
 
 
 @device_function
@@ -177,8 +224,8 @@ def block_kernel() -> Kernel:
     first, count: the block. group_size: of the groups that begin within it, one at its start; 0 where all grids are known.
     Grid ceil(R / 8), block 256.
 
-    A lane holds four columns 32 apart. When one has had its turn, its weight's register keeps its error from then on (the
-    zeros below Hinv's diagonal leave it alone), and its zero point's register its code.
+    When one of a lane's columns has had its turn, its weight's register keeps its error from then on (the zeros below Hinv's
+    diagonal leave it alone), and its zero point's register its code.
     """
 
     def quantize_block(
@@ -191,56 +238,37 @@ def block_kernel() -> Kernel:
         if row < losses.size:
             there = lane < count, lane + 32 < count, lane + 64 < count, lane + 96 < count
             at, below = np.uint32(row * columns + first) + lane, np.uint32(first * columns + first) + lane
-            a, b, c, d = four(W, at, there)
-            sa, sb, sc, sd = ONE, ONE, ONE, ONE
-            za, zb, zc, zd = ZERO, ZERO, ZERO, ZERO
+            w, s, z = load_four(W, at, there), (ONE, ONE, ONE, ONE), (ZERO, ZERO, ZERO, ZERO)
             loss, next_group, g = ZERO, 0 if group_size > 0 else count, row * groups
             if group_size == 0:
-                k = np.uint32(first) + lane
-                sa, za = grid_at(scales, zeros, column_groups, g, k, there[0])
-                sb, zb = grid_at(scales, zeros, column_groups, g, k + np.uint32(32), there[1])
-                sc, zc = grid_at(scales, zeros, column_groups, g, k + np.uint32(64), there[2])
-                sd, zd = grid_at(scales, zeros, column_groups, g, k + np.uint32(96), there[3])
+                s, z = grids_at(scales, zeros, column_groups, g, np.uint32(first) + lane, there)
             else:
                 g += first // group_size
             for step in range(count):
                 if step == next_group:
                     next_group = min(step + group_size, count)
-                    tile[warp, lane], tile[warp, lane + np.uint32(32)] = a, b
-                    tile[warp, lane + np.uint32(64)], tile[warp, lane + np.uint32(96)] = c, d
-                    cuda.syncwarp()
-                    s, z = find_grid_of_columns(
-                        tile, warp, step, next_group, importance, first, clips, sym, maxq, least_zero
+                    scale, zero = grid_of_group(
+                        tile, warp, lane, w, step, next_group, importance, first, clips, sym, maxq, least_zero
                     )
-                    cuda.syncwarp()  # all have read before the next group is written
-                    sa, za = within(s, z, sa, za, lane, step, next_group)
-                    sb, zb = within(s, z, sb, zb, lane + 32, step, next_group)
-                    sc, zc = within(s, z, sc, zc, lane + 64, step, next_group)
-                    sd, zd = within(s, z, sd, zd, lane + 96, step, next_group)
+                    s, z = replace_grids(scale, zero, s, z, lane, step, next_group)
                     if lane == 0:
-                        scales[g], zeros[g] = s, z
+                        scales[g], zeros[g] = scale, zero
                     g += 1
-                ha, hb, hc, hd = four(Hinv, below, there)
+                h = load_four(Hinv, below, there)
                 below += np.uint32(columns)
                 part, turn = step >> 5, step & 31
-                w = cuda.shfl_sync(ALL, pick(part, a, b, c, d), turn)
-                scale = cuda.shfl_sync(ALL, pick(part, sa, sb, sc, sd), turn)
-                zero = cuda.shfl_sync(ALL, pick(part, za, zb, zc, zd), turn)
-                diagonal = cuda.shfl_sync(ALL, pick(part, ha, hb, hc, hd), turn)
-                code = code_of(w, scale, zero, maxq)
-                err = (w - scale * (code - zero)) / diagonal
+                weight = cuda.shfl_sync(ALL, pick(part, w), turn)
+                scale, zero = cuda.shfl_sync(ALL, pick(part, s), turn), cuda.shfl_sync(ALL, pick(part, z), turn)
+                code = code_of(weight, scale, zero, maxq)
+                err = (weight - scale * (code - zero)) / cuda.shfl_sync(ALL, pick(part, h), turn)
                 loss += err * err
-                a, b, c, d = a - err * ha, b - err * hb, c - err * hc, d - err * hd
-                mine = lane == turn
-                a, za = (err, code) if mine and part == 0 else (a, za)
-                b, zb = (err, code) if mine and part == 1 else (b, zb)
-                c, zc = (err, code) if mine and part == 2 else (c, zc)
-                d, zd = (err, code) if mine and part == 3 else (d, zd)
+                w = w[0] - err * h[0], w[1] - err * h[1], w[2] - err * h[2], w[3] - err * h[3]
+                w, z = keep(part, lane == turn, err, code, w, z)
             out = np.uint32(row * B) + lane
-            put(codes, Err, at, out, za, a, there[0])
-            put(codes, Err, at + np.uint32(32), out + np.uint32(32), zb, b, there[1])
-            put(codes, Err, at + np.uint32(64), out + np.uint32(64), zc, c, there[2])
-            put(codes, Err, at + np.uint32(96), out + np.uint32(96), zd, d, there[3])
+            put(codes, Err, at, out, z[0], w[0], there[0])
+            put(codes, Err, at + np.uint32(32), out + np.uint32(32), z[1], w[1], there[1])
+            put(codes, Err, at + np.uint32(64), out + np.uint32(64), z[2], w[2], there[2])
+            put(codes, Err, at + np.uint32(96), out + np.uint32(96), z[3], w[3], there[3])
             if lane == 0:
                 losses[row] += np.float64(loss)
 
