@@ -25,6 +25,7 @@ from tinygptq.threads import alone, share
 B = 8  # columns in a block: what `_correct_by_block` holds in registers
 ROWS = 96  # rows in a chunk: large enough for long vector loops, and small LLaMAs' widths give two threads equally many
 LEAF = 96  # Hessians up to this size are factored directly
+LOOK = 16  # columns between two looks whether a clip can still be the best one
 STRIP = 96  # rows or columns of a product's strip: narrower ones leave out more of a triangle, but are slower
 
 
@@ -278,8 +279,7 @@ def _find_grid(W, importance, clips, scale, zero, sym, maxq, least_zero):
 @njit(cache=True, error_model="numpy")
 def _search_clip(W, importance, clips, scale, zero, maxq):
     """`grid.search_clip` for W [columns of the group, rows], in place."""
-    real = W.dtype.type
-    tried, loss = scale.copy(), np.empty(W.shape[1], W.dtype)
+    tried, loss, lowest, highest = scale.copy(), np.empty_like(scale), -zero, maxq - zero  # multiples of the scale
     best, least = scale.copy(), np.full(W.shape[1], np.inf, W.dtype)
     for clip in clips:
         if clip < 1:
@@ -288,13 +288,23 @@ def _search_clip(W, importance, clips, scale, zero, maxq):
         loss[:] = 0
         for k in range(W.shape[0]):
             for r in range(W.shape[1]):
-                code = min(max(np.rint(W[k, r] / tried[r]) + zero[r], real(0)), maxq)
-                error = W[k, r] - tried[r] * (code - zero[r])
+                error = W[k, r] - tried[r] * min(max(np.rint(W[k, r] / tried[r]), lowest[r]), highest[r])
                 loss[r] += error * error * importance[k]
+            if k % LOOK == LOOK - 1 and not _any_less(loss, least):
+                break
         for r in range(W.shape[1]):
             if loss[r] < least[r]:
                 best[r], least[r] = tried[r], loss[r]
     scale[:] = best
+
+
+@njit(cache=True, error_model="numpy")
+def _any_less(a, b):
+    """Whether any number of a is less than the same of b (a sum: a loop that ended early would not be one of vectors)."""
+    less = 0
+    for r in range(len(a)):
+        less += np.int32(a[r] < b[r])
+    return less > 0
 
 
 @njit(cache=True, error_model="numpy")
