@@ -19,10 +19,13 @@ def facts_of(device: str) -> dict[str, Any]:
 
 
 def processor() -> str:
+    """Its name, which virtual machines shorten, LLVM's for its kind, and the threads in use: "AMD EPYC (znver4), 2 threads"."""
+    from llvmlite.binding import get_host_cpu_name
+
     from tinygptq import threads
     from tinygptq.bench import processor_name
 
-    return f"{processor_name()}, {threads.count()} threads"
+    return f"{processor_name()} ({get_host_cpu_name()}), {threads.count()} threads"
 
 
 def card() -> str:
