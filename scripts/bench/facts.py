@@ -19,7 +19,7 @@ def facts_of(device: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name, which virtual machines shorten, LLVM's for its kind, and the threads in use: "AMD EPYC (znver4), 2 threads"."""
+    """Its name (virtual machines shorten it), LLVM's for its kind, and the threads: "AMD EPYC (znver4), 2 threads"."""
     from llvmlite.binding import get_host_cpu_name
 
     from tinygptq import threads
