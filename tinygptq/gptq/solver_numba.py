@@ -290,7 +290,7 @@ def _search_clip(W, importance, clips, scale, zero, maxq):
             for r in range(W.shape[1]):
                 error = W[k, r] - tried[r] * min(max(np.rint(W[k, r] / tried[r]), lowest[r]), highest[r])
                 loss[r] += error * error * importance[k]
-            if k % LOOK == LOOK - 1 and not _any_less(loss, least):
+            if k % LOOK == LOOK - 1 and not _any_less(loss, least):  # losses only grow
                 break
         for r in range(W.shape[1]):
             if loss[r] < least[r]:
