@@ -131,14 +131,16 @@ ADDRESSES = (types.int64,) * 6  # of codes, scales, x and zeros, and two numbers
 def test_matvec(capability, bits, group_size, zero, row_tiles, plan, special):
     kernel = matvec.matvec_kernel(bits, group_size, zero, row_tiles, plan, **special)
     ptx = to_ptx(kernel, (*ADDRESSES, ROWS, types.Tuple(())), capability)
-    # 4 units, 2 steps and 2 column tiles, and the sums of x
-    assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == plan.sets * (16 + 8) * row_tiles
+    # 4 units, 2 steps and 2 column tiles; for up to 8 rows codes as they are, with the sums of x, for 16 as levels
+    products, levels = (16 + 8, 0) if row_tiles == 1 else (2 * 16, 64)
+    assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == plan.sets * products
+    decoded = count(ptx, "sub.rn.f16x2") + count(ptx, "fma.rn.f16x2") - 4 * plan.sets * (row_tiles == 2 and zero is None)
+    assert decoded == plan.sets * levels  # and of zero points that are read, four columns' upper offsets
     asked = 2 if plan.short or plan.sets == 1 else 4  # the first words of each set, and where there is a loop the next ones
     assert count(ptx, STREAM) == asked * bits
     copies = 2 if plan.short else 2 + plan.sets  # of x: the ring's two chunks, and in a loop what follows each
     assert count(ptx, "cp.async.cg.shared.global.L2::128B") == copies * 4 * row_tiles
     assert not count(ptx, "ld.global.v4.u32")  # x goes past the registers
-    assert not count(ptx, "sub.rn.f16x2")  # codes are multiplied as they are
     assert not count(ptx, "st.local")
     assert ("griddepcontrol.wait" in ptx) == ("griddepcontrol.launch_dependents" in ptx) == (capability >= (9, 0))
 

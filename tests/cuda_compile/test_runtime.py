@@ -136,7 +136,8 @@ def test_a_plan_for_few_rows_can_be_launched(strips, inner, shared):
     from tinygptq.kernels.cuda.activations import ring_bytes
 
     chunks = -(-inner // 128)
-    for row_tiles, bits, group_size in ((1, 4, 128), (2, 4, 128), (2, 4, 32), (1, 8, 32), (2, 8, 128), (1, 3, 64)):
+    kinds = ((1, 4, 128), (2, 4, 128), (2, 4, 32), (1, 8, 32), (2, 8, 128), (1, 3, 64), (2, 3, 64), (2, 2, 32))
+    for row_tiles, bits, group_size in kinds:
         plan = matvec.plan(strips, inner, row_tiles, bits, group_size, 132, shared)
         assert 1 <= plan.warps <= chunks  # no warp is without work
         assert plan.sets == 2 or not plan.short

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -216,12 +217,43 @@ def test_codes_are_exact_subnormals(bits):
         assert offset + bits <= 10  # of the mantissa
 
 
+def numpy_call(builder, text, *operands):
+    """unpack._call: the instructions it has, on two fp16 numbers at once as the GPU rounds them."""
+    a, b, c, *_ = [lanes(operand, np.uint32) for operand in operands] + [None]
+    if text.startswith("lop3.b32") and "0xEA" in text:
+        return a & b | c
+    a, b = a.view(np.float16), b.view(np.float16)
+    if text.startswith("sub.rn.f16x2"):
+        return (a - b).view(np.uint32)
+    assert text.startswith("fma.rn.f16x2"), text
+    return (a.astype(np.float64) * b + c.view(np.float16)).astype(np.float16).view(np.uint32)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("units", "row_tiles"), [(4, 1), (2, 2), (1, 1), (4, 2)])
+def test_levels_are_exact(bits, monkeypatch):
+    unpack = pytest.importorskip("tinygptq.kernels.cuda.unpack", exc_type=ImportError)
+    monkeypatch.setattr(unpack, "_call", numpy_call)
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (128, 32))
+    codes[:, 5], codes[:, 6] = (1 << bits) - 1, 0
+    words = lane_words(codes, bits)
+    for zero, unit, pair, c in itertools.product((0, 1, 1 << bits - 1, 1 << bits), range(4), range(4), range(4)):
+        lower, upper = (np.full(32, offset, np.uint32) for offset in unpack.constant_offsets(bits, zero))
+        found = unpack.emit_level(NumpyBuilder(), bits, unit, words, c, pair, lower, upper).view(np.float16)
+        for which in range(2):
+            expected = codes[32 * unit + 8 * T + 2 * pair + which, 4 * G + c] - zero
+            np.testing.assert_array_equal(found.reshape(32, 2)[:, which], expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("units", [4, 2, 1])
+@pytest.mark.parametrize("row_tiles", [1, 2])
 def test_the_instructions_of_a_run_give_its_product(bits, units, row_tiles, monkeypatch):
-    """The very code that emits them, with NumPy for LLVM."""
+    """The very code that emits them, with NumPy for LLVM: codes as subnormals for 8 rows of x, as levels for 16."""
     products = pytest.importorskip("tinygptq.kernels.cuda.products", exc_type=ImportError)
+    from tinygptq.kernels.cuda import unpack
+
     monkeypatch.setattr(products, "mma_assembly", numpy_mma)
+    monkeypatch.setattr(unpack, "_call", numpy_call)
     rng = np.random.default_rng(bits)
     codes = rng.integers(0, 1 << bits, (128, 32))
     x = rng.standard_normal((8 * row_tiles, 128)) * 10.0 ** rng.integers(-6, 3, (8 * row_tiles, 1))  # fp16's subnormals too
@@ -233,16 +265,21 @@ def test_the_instructions_of_a_run_give_its_product(bits, units, row_tiles, monk
     rows = [r.copy() for eight in rows for r in np.ascontiguousarray(eight).view(np.uint32).T]
     total, expected = [np.zeros(32, np.float32)] * (8 * row_tiles), np.zeros((8 * row_tiles, 32))
     for run in range(0, 4, units):
-        span, part = range(run, run + units), slice(32 * run, 32 * (run + units))
-        tables = ([t[run, 4 * G + c] for c in range(4)] for t in (scales, zeros / np.float32(products.UNIT)))
-        ones = products.emit_sums(NumpyBuilder(), span, row_tiles, rows)
-        total = products.emit_run(NumpyBuilder(), bits, span, row_tiles, total, lane_words(codes, bits), *tables, rows, ones)
+        span, part, words = range(run, run + units), slice(32 * run, 32 * (run + units)), lane_words(codes, bits)
+        scale, zero = ([table[run, 4 * G + c] for c in range(4)] for table in (scales, zeros))
+        if row_tiles == 1:
+            ones, zero = products.emit_sums(NumpyBuilder(), span, rows), [z / np.float32(products.UNIT) for z in zero]
+            total = products.emit_codes(NumpyBuilder(), bits, span, total, words, scale, zero, rows, ones)
+        else:
+            halves = [[[unpack.constant_offsets(bits, int(z))[i] for z in column] for column in zero] for i in range(2)]
+            lower, upper = ([np.array(column, np.uint32) for column in columns] for columns in halves)
+            total = products.emit_levels(NumpyBuilder(), bits, span, total, words, scale, lower, upper, rows)
         expected += x[:, part].astype(np.float64) @ (scales[run] * (codes[part] - zeros[run].astype(np.float64)))
     for place, found in enumerate(total):
         tile, half, i = np.unravel_index(place, (row_tiles, 2, 4))
         row, column = 8 * tile + 2 * T + i % 2, 4 * G + 2 * half + i // 2
-        bound = 2e-6 * np.linalg.norm(expected[row], axis=1)
-        assert (np.abs(found * products.UNIT - expected[row, column]) <= bound).all(), place
+        found, bound = found * (products.UNIT if row_tiles == 1 else 1), 2e-6 * np.linalg.norm(expected[row], axis=1)
+        assert (np.abs(found - expected[row, column]) <= bound).all(), place
 
 
 def lossy_mma(builder, a, b, c):
@@ -278,8 +315,8 @@ def test_what_tensor_cores_drop_of_subnormals_is_little(bits, monkeypatch):
     zero = np.full(32, 2.0 ** (bits - 1) / products.UNIT, np.float32)
     rows = [r.copy() for u in range(4) for r in x[G[:, None], 32 * u + 8 * T[:, None] + np.arange(8)].view(np.uint32).T]
     total, words = [np.zeros(32, np.float32)] * 8, lane_words(codes, bits)
-    ones, tables = products.emit_sums(NumpyBuilder(), range(4), 1, rows), ([np.ones(32, np.float32)] * 4, [zero] * 4)
-    total = products.emit_run(NumpyBuilder(), bits, range(4), 1, total, words, *tables, rows, ones)
+    ones, tables = products.emit_sums(NumpyBuilder(), range(4), rows), ([np.ones(32, np.float32)] * 4, [zero] * 4)
+    total = products.emit_codes(NumpyBuilder(), bits, range(4), total, words, *tables, rows, ones)
     expected = x.astype(np.float64) @ (codes - 2.0 ** (bits - 1))
     found = np.zeros((8, 32))
     for place, values in enumerate(total):

@@ -29,12 +29,12 @@ from tinygptq.kernels.cuda.activations import ring, ring_bytes
 from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.layout import COLUMNS as STRIP
 from tinygptq.kernels.cuda.layout import ROWS as CHUNK
-from tinygptq.kernels.cuda.products import UNIT, leave_sums, run_product, sum_of_rows
+from tinygptq.kernels.cuda.products import UNIT, leave_sums, run_of_codes, run_of_levels, sum_of_rows
 from tinygptq.kernels.cuda.ptx import copy_async_wait
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.steps import begin_dependents, wait_for_dependencies
 from tinygptq.kernels.cuda.streams import load_stream_pieces_if
-from tinygptq.kernels.cuda.tables import device_function, scale_floats, table_reader, zero_floats
+from tinygptq.kernels.cuda.tables import device_function, scale_floats, table_decoder, table_reader, zero_floats
 
 PITCH = STRIP + 4  # floats between rows of the sums in shared memory: lanes of a warp fall on different banks
 MOST_WARPS = 16  # of a block
@@ -104,17 +104,22 @@ def plan(strips: int, inner: int, row_tiles: int, bits: int, group_size: int, mu
     ``row_tiles``, ``bits`` and ``group_size`` as for :func:`matvec_kernel`; ``shared``: bytes of a multiprocessor's memory.
     """
     each, chunks = -(-strips // multiprocessors), -(-inner // CHUNK)  # blocks of a multiprocessor; chunks of a strip
-    much = bits == 8 or (row_tiles == 2 and group_size % CHUNK > 0)  # code for a chunk, or registers
-    sets = 1 if group_size % (CHUNK // 2) or (much and each > 1) else 2
-    if each == 1 and chunks <= 2 * MOST_WARPS and (row_tiles, sets) != (2, 1):
-        return _fitting(Plan(min(MOST_WARPS, chunks), short=True, slots=2), chunks, row_tiles, shared)
+    sets = 1 if group_size % (CHUNK // 2) else 2
     if each == 1:
-        warps, resident = 8 if row_tiles == 2 or bits == 8 else MOST_WARPS, 1
-    elif each <= 3:
-        warps, resident = 5 if (bits, row_tiles, sets) == (4, 1, 2) else 4, 3
+        if chunks <= 2 * MOST_WARPS and (row_tiles, sets) != (2, 1):
+            found = Plan(MOST_WARPS, short=True, slots=2)
+        elif row_tiles == 2:
+            found = Plan(12, sets=1) if bits < 4 else Plan(8, sets=sets)
+        else:
+            found = Plan(8 if bits == 8 else MOST_WARPS, sets=sets)
     else:
-        warps, resident = (4, 3) if bits == 8 else (2, 6)
-    return _fitting(Plan(min(warps, chunks), resident, sets), chunks, row_tiles, shared)
+        if bits == 8 or (row_tiles == 2 and (group_size % CHUNK or each <= 3)):  # much code for a chunk
+            sets = 1
+        if each <= 3:
+            found = Plan(5 if (bits, row_tiles, sets) == (4, 1, 2) else 4, 3, sets)
+        else:
+            found = Plan(4, 3, sets) if bits == 8 else Plan(2, 6, sets)
+    return _fitting(replace(found, warps=min(found.warps, chunks)), chunks, row_tiles, shared)
 
 
 def _fitting(plan: Plan, chunks: int, row_tiles: int, shared: int) -> Plan:
@@ -185,7 +190,7 @@ def matvec_kernel(
         plan, fetch, copy, take, _chunk_product(bits, group_size, zero, row_tiles, wide_scales), tile_rows
     )
     leave = leave_sums(row_tiles, PITCH)
-    finish = finisher(tile_rows, warps, UNIT, epilogue)
+    finish = finisher(tile_rows, warps, UNIT if row_tiles == 1 else 1, epilogue)
     read, nothing = epilogue.read, epilogue.nothing
 
     def matvec(codes, scales, inner, strips, x, zeros, y, extra):
@@ -319,21 +324,45 @@ def _weights_reader(bits, group_size, zero, wide_scales):
 
 def _chunk_product(bits, group_size, zero, row_tiles, wide_scales):
     """Device function: add one chunk of W^T x^T to a warp's sums, group by group."""
-    scales, zeros = scale_floats(wide_scales), zero_floats(bits, zero, 1 / UNIT)
     units = 4 if group_size % CHUNK == 0 else 2 if group_size % (CHUNK // 2) == 0 else 1  # that surely share a group
-    first, second, third, fourth = (run_product(bits, i * units % 4, units, row_tiles) for i in range(4))
-    of_first, of_second, of_third, of_fourth = (sum_of_rows(i * units % 4, units, row_tiles) for i in range(4))
+    runs = ((bits, zero, i * units % 4, units, wide_scales) for i in range(4))
+    first, second, third, fourth = (_run_by_codes(*run) if row_tiles == 1 else _run_by_levels(*run) for run in runs)
 
     @device_function
     def multiply_chunk(total, weights, x):
         words, scale, offset = weights
-        total = first(total, words, scales(scale[0]), zeros(offset[0]), x, of_first(x))
+        total = first(total, words, scale[0], offset[0], x)
         if units == 2:
-            total = second(total, words, scales(scale[2]), zeros(offset[2]), x, of_second(x))
+            total = second(total, words, scale[2], offset[2], x)
         if units == 1:
-            total = second(total, words, scales(scale[1]), zeros(offset[1]), x, of_second(x))
-            total = third(total, words, scales(scale[2]), zeros(offset[2]), x, of_third(x))
-            total = fourth(total, words, scales(scale[3]), zeros(offset[3]), x, of_fourth(x))
+            total = second(total, words, scale[1], offset[1], x)
+            total = third(total, words, scale[2], offset[2], x)
+            total = fourth(total, words, scale[3], offset[3], x)
         return total
 
     return multiply_chunk
+
+
+def _run_by_codes(bits, zero, first, units, wide_scales):
+    """Device function: add the product of a run of units, those of one group, to the sums of 8 rows of x."""
+    scales, zeros = scale_floats(wide_scales), zero_floats(bits, zero, 1 / UNIT)
+    product, sums_of_x = run_of_codes(bits, first, units), sum_of_rows(first, units)
+
+    @device_function
+    def run(total, words, scale, offset, x):
+        return product(total, words, scales(scale), zeros(offset), x, sums_of_x(x))
+
+    return run
+
+
+def _run_by_levels(bits, zero, first, units, wide_scales):
+    """Device function: the same for 16 rows."""
+    scales, (_, offsets) = scale_floats(wide_scales), table_decoder(bits, zero, wide_scales)
+    product = run_of_levels(bits, first, units)
+
+    @device_function
+    def run(total, words, scale, offset, x):
+        lower, upper = offsets(offset)
+        return product(total, words, scales(scale), lower, upper, x)
+
+    return run

@@ -1,8 +1,9 @@
-"""Codes times x on tensor cores, the codes as they are: what the matvec adds up for each group.
+"""Codes times x on tensor cores: what the matvec adds up for each group.
 
-A code's bits are, read as an fp16 number, the subnormal ``code * 2^-24``; a code that stands ``offset`` bits higher is
-``code * 2^offset * 2^-24``, as long as it stays within the 10 bits of the mantissa. So one ``and`` makes a half2 of two
-codes, with no exponent to put in and nothing to subtract. What the half2 lacks is made up for in float32::
+Up to 8 rows of x, codes as they are. A code's bits are, read as an fp16 number, the subnormal ``code * 2^-24``; a code that
+stands ``offset`` bits higher is ``code * 2^offset * 2^-24``, as long as it stays within the 10 bits of the mantissa. So one
+``and`` makes a half2 of two codes, with no exponent to put in and nothing to subtract. What the half2 lacks is made up for
+in float32::
 
     sum of scale * (code - zero) * x  =  2^24 * scale * (sums[0] + sums[offset] * 2^-offset + ... - zero * 2^-24 * ones)
 
@@ -10,8 +11,11 @@ where ``ones`` is the sum of x, from an mma whose A is 1 everywhere, which need 
 the caller multiplies by 2^24 once, at the very end. Each product of a code and a number in fp16 is exact; their sum is not,
 and less so than float32's: tensor cores line products up at the largest exponent among them and drop what falls below some
 24 bits from there, and a subnormal has the exponent of 2^-14 whatever its size. A code at offset o so loses up to 10 - o of
-these bits, which leaves a relative error of some 1e-6 in a sum; ``code - zero`` as a normal fp16 number leaves 1e-7, for a
-quarter more work.
+these bits, which leaves a relative error of some 1e-6 in a sum.
+
+From 9 rows on, levels: ``code - zero`` as a normal fp16 number (:mod:`.unpack`), which leaves 1e-7. A subtraction for each
+half2 is a quarter more work for 8 rows. For 16, of which two products share a half2, it is less than what falls away: the
+mma of ones, a third of all, and two of the three operations in which a group's sums are joined and added up.
 """
 
 import functools
@@ -25,6 +29,7 @@ from tinygptq.kernels.cuda.ptx import (
     F32X4,
     I32,
     SHARED,
+    U32X4,
     _address,
     _assembly,
     _pack,
@@ -33,6 +38,7 @@ from tinygptq.kernels.cuda.ptx import (
     mma_assembly,
     types,
 )
+from tinygptq.kernels.cuda.unpack import emit_level
 
 UNIT = 2.0**24  # what sums have to be multiplied by at the end
 ONE = 0x3C003C00  # 1 in both halves
@@ -50,42 +56,65 @@ def offset_of(bits: int, unit: int, step: int) -> int:
 
 
 @functools.cache
-def run_product(bits: int, first: int, units: int, row_tiles: int):
-    """The device function ``(total, words, scale, zero, x, ones)`` -> ``total``, a run of units being those of one group.
+def run_of_codes(bits: int, first: int, units: int):
+    """The device function ``(total, words, scale, zero, x, ones)`` -> ``total``, for 8 rows of x and a run of units that are
+    of one group.
 
     Args of the device function:
-        total: 8 float32 for each 8 rows of x: C's registers of a strip's two column tiles, in units of 2^-24.
+        total: 8 float32, C's registers of a strip's two column tiles, in units of 2^-24.
         words: a lane's ``4 * bits`` words of a chunk; word w of column c is words[4w + c].
         scale, zero: of a lane's four columns, float32; zero in units of 2^-24.
-        x: for each 8 rows of x, B's registers of the chunk: 4 for each of four units.
+        x: B's registers of the chunk: 4 for each of four units.
         ones: the run's, from :func:`sum_of_rows`.
     """
 
     def generate(context, builder, signature, args):
         operands = (_unpack(builder, values) for values in args)
-        return _pack(builder, emit_run(builder, bits, range(first, first + units), row_tiles, *operands))
+        return _pack(builder, emit_codes(builder, bits, range(first, first + units), *operands))
 
     @intrinsic
     def product(typingctx, total, words, scale, zero, x, ones):
-        sums, of_x = (types.UniTuple(types.float32, n * row_tiles) for n in (8, 2))
-        codes, rows = (types.UniTuple(types.uint32, n) for n in (4 * bits, 16 * row_tiles))
+        sums, of_x = (types.UniTuple(types.float32, n) for n in (8, 2))
+        codes, rows = (types.UniTuple(types.uint32, n) for n in (4 * bits, 16))
         return sums(sums, codes, F32X4, F32X4, rows, of_x), generate
 
     return product
 
 
 @functools.cache
-def sum_of_rows(first: int, units: int, row_tiles: int):
-    """The device function ``x`` -> ``ones``: for each 8 rows, the float32 sums of rows 2t and 2t + 1 of x over a run."""
+def sum_of_rows(first: int, units: int):
+    """The device function ``x`` -> ``ones``: the float32 sums of rows 2t and 2t + 1 of x over a run of units."""
 
     def generate(context, builder, signature, args):
-        return _pack(builder, emit_sums(builder, range(first, first + units), row_tiles, _unpack(builder, args[0])))
+        return _pack(builder, emit_sums(builder, range(first, first + units), _unpack(builder, args[0])))
 
     @intrinsic
     def sums(typingctx, x):
-        return types.UniTuple(types.float32, 2 * row_tiles)(types.UniTuple(types.uint32, 16 * row_tiles)), generate
+        return types.UniTuple(types.float32, 2)(types.UniTuple(types.uint32, 16)), generate
 
     return sums
+
+
+@functools.cache
+def run_of_levels(bits: int, first: int, units: int):
+    """The device function ``(total, words, scale, lower, upper, x)`` -> ``total``: the same for 16 rows of x.
+
+    Args of the device function:
+        total, x: those of the first 8 rows, and then those of the others; total is not in units of 2^-24.
+        words, scale: as for :func:`run_of_codes`.
+        lower, upper: as for :func:`~.unpack.levels`.
+    """
+
+    def generate(context, builder, signature, args):
+        operands = (_unpack(builder, values) for values in args)
+        return _pack(builder, emit_levels(builder, bits, range(first, first + units), *operands))
+
+    @intrinsic
+    def product(typingctx, total, words, scale, lower, upper, x):
+        sums, (codes, rows) = types.UniTuple(types.float32, 16), (types.UniTuple(types.uint32, n) for n in (4 * bits, 32))
+        return sums(sums, codes, F32X4, U32X4, U32X4, rows), generate
+
+    return product
 
 
 @functools.cache
@@ -112,35 +141,56 @@ def leave_sums(row_tiles: int, pitch: int):
     return leave
 
 
-def emit_sums(builder, units, row_tiles, x):
+def emit_sums(builder, units, x):
     """The instructions of :func:`sum_of_rows`: lists of registers in and out."""
-    ones = []
-    for tile in range(row_tiles):
-        steps = [NO_SUM, NO_SUM]  # two chains, which do not wait for each other
-        for unit, step in itertools.product(units, range(2)):
-            steps[step] = mma_assembly(builder, (I32(ONE),) * 4, x[16 * tile + 4 * unit + 2 * step :][:2], steps[step])
-        ones += [builder.fadd(steps[0][i], steps[1][i]) for i in range(2)]
-    return ones
+    steps = [NO_SUM, NO_SUM]  # two chains, which do not wait for each other
+    for unit, step in itertools.product(units, range(2)):
+        steps[step] = mma_assembly(builder, (I32(ONE),) * 4, _part_of(x, 0, unit, step), steps[step])
+    return [builder.fadd(steps[0][i], steps[1][i]) for i in range(2)]
 
 
-def emit_run(builder, bits, units, row_tiles, total, words, scale, zero, x, ones):
-    """The instructions of :func:`run_product`: lists of registers in, the new ``total`` out."""
-    sums = {}  # C's registers, by (row tile, column tile, offset)
+def emit_codes(builder, bits, units, total, words, scale, zero, x, ones):
+    """The instructions of :func:`run_of_codes`: lists of registers in, the new ``total`` out."""
+    sums = {}  # C's registers, by (column tile, offset)
     for unit, step in itertools.product(units, range(2)):
         codes = [[_codes(builder, words, c, bits, unit, 2 * step + i) for i in range(2)] for c in range(4)]
-        for tile in range(row_tiles):
-            b = x[16 * tile + 4 * unit + 2 * step :][:2]
-            for half in range(2):
-                (a0, a2), (a1, a3) = codes[2 * half : 2 * half + 2]
-                key = tile, half, offset_of(bits, unit, step)
-                sums[key] = mma_assembly(builder, (a0, a1, a2, a3), b, sums.get(key, NO_SUM))
+        for half in range(2):
+            key = half, offset_of(bits, unit, step)
+            a = _fragment(*codes[2 * half : 2 * half + 2])
+            sums[key] = mma_assembly(builder, a, _part_of(x, 0, unit, step), sums.get(key, NO_SUM))
     total = list(total)
-    for tile, half, i in itertools.product(range(row_tiles), range(2), range(4)):
-        column, place = 2 * half + i // 2, 8 * tile + 4 * half + i
-        value = _merge(builder, {o: c[i] for (t, h, o), c in sums.items() if (t, h) == (tile, half)})
-        value = builder.fma(builder.fsub(F32(-0.0), zero[column]), ones[2 * tile + i % 2], value)  # NVVM's LLVM has no fneg
+    for half, i in itertools.product(range(2), range(4)):
+        column, place = 2 * half + i // 2, 4 * half + i
+        value = _merge(builder, {o: c[i] for (h, o), c in sums.items() if h == half})
+        value = builder.fma(builder.fsub(F32(-0.0), zero[column]), ones[i % 2], value)  # NVVM's LLVM has no fneg
         total[place] = builder.fma(scale[column], value, total[place])
     return total
+
+
+def emit_levels(builder, bits, units, total, words, scale, lower, upper, x):
+    """The instructions of :func:`run_of_levels`: lists of registers in, the new ``total`` out."""
+    sums = dict.fromkeys(itertools.product(range(2), range(2)), NO_SUM)  # C's registers, by (row tile, column tile)
+    for unit, step, half in itertools.product(units, range(2), range(2)):
+        pairs = 2 * step, 2 * step + 1
+        a = _fragment(*([emit_level(builder, bits, unit, words, c, pair, lower[c], upper[c]) for pair in pairs]
+                        for c in (2 * half, 2 * half + 1)))  # fmt: skip
+        for tile in range(2):
+            sums[tile, half] = mma_assembly(builder, a, _part_of(x, tile, unit, step), sums[tile, half])
+    total = list(total)
+    for tile, half, i in itertools.product(range(2), range(2), range(4)):
+        column, place = 2 * half + i // 2, 8 * tile + 4 * half + i
+        total[place] = builder.fma(scale[column], sums[tile, half][i], total[place])
+    return total
+
+
+def _part_of(x, tile, unit, step):
+    """mma's B: 16 k of 8 rows of x."""
+    return x[16 * tile + 4 * unit + 2 * step :][:2]
+
+
+def _fragment(first, second):
+    """mma's A, of two columns' two half2 each."""
+    return first[0], second[0], first[1], second[1]
 
 
 def _codes(builder, words, column, bits, unit, pair):

@@ -6,11 +6,13 @@ of codes out of a word, ``or`` 0x6400 into both halves (one ``lop3``), and a hal
 one fma by 2^-bits makes ``code - zero`` of it as well, so that only every second place needs a shift.
 """
 
+import itertools
+
 import numpy as np
 from llvmlite import ir
 
 from tinygptq.kernels.cuda.layout import HALF_ONES, place_of
-from tinygptq.kernels.cuda.ptx import I32, U32X4, intrinsic, types
+from tinygptq.kernels.cuda.ptx import I32, U32X4, _pack, _unpack, intrinsic, types
 
 U32X16 = types.UniTuple(types.uint32, 16)
 MAGIC = 0x64006400  # 1024 in both halves
@@ -39,47 +41,49 @@ def levels(bits: int, unit: int):
         lower, upper: four half2 each, one for each column, as :func:`constant_offsets` makes them.
     """
 
-    def pair(builder, words, column, index, lower, upper):
-        place = place_of(bits, unit, index)
-        if place is None:
-            return subtract(builder, spread_pair(builder, words, column), lower)
-        word, shift = builder.extract_value(words, 4 * place[0] + column), place[1]
-        in_upper = bits < 8 and shift // bits % 2 == 1
-        if shift := shift - bits * in_upper:
-            word = builder.lshr(word, I32(shift))
-        mask = ((1 << bits) - 1) * HALF_ONES
-        text = "lop3.b32 $0, $1, $2, $3, 0xEA;"
-        number = _call(builder, text, word, I32(mask << bits if in_upper else mask), I32(MAGIC))
-        if in_upper:
-            return _call(builder, "fma.rn.f16x2 $0, $1, $2, $3;", number, I32(half2(2.0**-bits)), upper)
-        return subtract(builder, number, lower)
-
-    def spread_pair(builder, words, column):
-        """Pair 15 of 3 bits: bit b of its codes is bit 15 of the halves of word b."""
-        number = I32(MAGIC)
-        for bit in range(3):
-            word = builder.lshr(builder.extract_value(words, 4 * bit + column), I32(15 - bit))
-            number = _call(builder, "lop3.b32 $0, $1, $2, $3, 0xEA;", word, I32(HALF_ONES << bit), number)
-        return number
-
-    def subtract(builder, number, lower):
-        return _call(builder, "sub.rn.f16x2 $0, $1, $2;", number, lower)
-
     def generate(context, builder, signature, args):
-        words, lower, upper = args
-        result = ir.Constant(ir.ArrayType(I32, 16), ir.Undefined)
-        for column in range(4):
-            offsets = builder.extract_value(lower, column), builder.extract_value(upper, column)
-            for i in range(4):
-                number = pair(builder, words, column, i, *offsets)
-                result = builder.insert_value(result, number, 4 * column + i)
-        return result
+        words, lower, upper = (_unpack(builder, values) for values in args)
+        pairs = itertools.product(range(4), range(4))
+        return _pack(builder, [emit_level(builder, bits, unit, words, c, i, lower[c], upper[c]) for c, i in pairs])
 
     @intrinsic
     def unit_levels(typingctx, words, lower, upper):
         return U32X16(words, U32X4, U32X4), generate
 
     return unit_levels
+
+
+def emit_level(builder, bits, unit, words, column, pair, lower, upper):
+    """The instructions of one half2 of :func:`levels`: lists of registers, and the column's lower and upper, in."""
+    place = place_of(bits, unit, pair)
+    if place is None:
+        return _subtract(builder, _spread_pair(builder, words, column), lower)
+    word, shift = words[4 * place[0] + column], place[1]
+    in_upper = bits < 8 and shift // bits % 2 == 1
+    if shift := shift - bits * in_upper:
+        word = builder.lshr(word, I32(shift))
+    mask = ((1 << bits) - 1) * HALF_ONES
+    number = _and_or(builder, word, I32(mask << bits if in_upper else mask), I32(MAGIC))
+    if in_upper:
+        return _call(builder, "fma.rn.f16x2 $0, $1, $2, $3;", number, I32(half2(2.0**-bits)), upper)
+    return _subtract(builder, number, lower)
+
+
+def _spread_pair(builder, words, column):
+    """Pair 15 of 3 bits: bit b of its codes is bit 15 of the halves of word b."""
+    number = I32(MAGIC)
+    for bit in range(3):
+        word = builder.lshr(words[4 * bit + column], I32(15 - bit))
+        number = _and_or(builder, word, I32(HALF_ONES << bit), number)
+    return number
+
+
+def _and_or(builder, a, b, c):
+    return _call(builder, "lop3.b32 $0, $1, $2, $3, 0xEA;", a, b, c)
+
+
+def _subtract(builder, number, lower):
+    return _call(builder, "sub.rn.f16x2 $0, $1, $2;", number, lower)
 
 
 def _call(builder, text, *operands):
