@@ -302,6 +302,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
             axes.plot(*zip(*early, strict=True), marker, color=colour, ms=6, mfc="white", ls="none", zorder=2)
         if name in ("cuBLAS fp16", "4-bit g128"):
             for place, value, r in zip(x, y, points, strict=True):
+                if r["rows"] in (128, 1024):  # there would be no room
+                    continue
                 offset, side = ((-6, 7), "right") if name == "cuBLAS fp16" else ((6, -12), "left")
                 label = f"M={r['rows']}"
                 axes.annotate(label, (place, value), offset, textcoords="offset points", ha=side, color=colour, fontsize=8)
