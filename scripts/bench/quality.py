@@ -9,8 +9,8 @@ each recipe. What RESULTS.json holds already of other recipes stays there, and s
 
 GPTQ is chaotic: a sum taken in another order moves one code, and that code every one after it. With ``--orders N`` the
 calibration windows also come in N - 1 other orders, which is the same problem but for the rounding of sums, and how far the
-perplexities lie apart is what one of them alone cannot tell. The recipe ``torch`` is the paper's algorithm in torch, driven
-by quantise_cpu.py: it says how far apart another implementation's are.
+perplexities lie apart is what one of them alone cannot tell. The recipe ``torch`` is the paper's algorithm in torch
+(torch_gptq.py): it says how far apart another implementation's are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from facts import facts_of, processor, save
-from quantise_cpu import peer
+from torch_gptq import peer
 
 from tinygptq.config import RECIPES, QuantizeConfig
 from tinygptq.folders.checkpoint import load_checkpoint

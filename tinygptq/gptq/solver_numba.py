@@ -303,7 +303,7 @@ def _any_less(a, b):
     """Whether any number of a is less than the same of b (a sum: a loop that ended early would not be one of vectors)."""
     less = 0
     for r in range(len(a)):
-        less += np.int32(a[r] < b[r])
+        less += int(a[r] < b[r])
     return less > 0
 
 
