@@ -31,18 +31,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("tinygptq").setLevel(logging.DEBUG if args.verbose else logging.INFO)
     try:
         args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where a shell has closed it
+            sys.stdout.flush()
     except TinyGPTQError as error:
-        print(f"tinygptq: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does; a second flush must not complain
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail(error)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        _silence_stdout()
         return 141
+    except OSError as error:  # a file or folder that the system refuses, and our output among them
+        _silence_stdout()
+        return _fail(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     return 0
+
+
+def _fail(error: Exception) -> int:
+    print(f"tinygptq: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _silence_stdout() -> None:
+    """What is still to be written goes nowhere: the flush at the very end must not complain again."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ------------------------------------------------------------------------------------------------------- commands
@@ -83,7 +96,7 @@ def _quantize(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from tinygptq.language_model import load
 
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = _standard_input() if args.prompt == "-" else args.prompt
     if args.greedy and args.temperature is not None:
         raise TinyGPTQError("--greedy and --temperature contradict each other")
     options = {"cache_bits": args.cache_bits}
@@ -102,6 +115,15 @@ def _generate(args: argparse.Namespace) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise TinyGPTQError("--prompt - reads standard input, which is closed")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise TinyGPTQError("--prompt -: standard input is not valid UTF-8") from None
 
 
 # --------------------------------------------------------------------------------------------------------- parser

@@ -7,11 +7,14 @@ Three of them: :class:`LlamaConfig` (a folder's ``config.json``), :class:`Quanti
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tinygptq.errors import TinyGPTQError
+
+log = logging.getLogger(__name__)
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 MOST_LAYERS = 10_000  # every layer is walked through before any tensor is looked for
@@ -24,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TinyGPTQError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number too long for Python
         raise TinyGPTQError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise TinyGPTQError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -291,6 +294,9 @@ class QuantizeConfig:
         for name in ("desc_act", "sym", "static_groups", "true_sequential"):
             if not isinstance(getattr(self, name), bool):
                 raise TinyGPTQError(f"{where}: {name} is {getattr(self, name)!r}, expected true or false")
+        if not isinstance(self.recipe, Recipe):
+            names = ", ".join(f"RECIPES[{name!r}]" for name in RECIPES)
+            raise TinyGPTQError(f"{where}: recipe is {self.recipe!r}, expected a Recipe, such as {names}")
         if self.recipe.follows and not self.true_sequential:
             needs = "a recipe with drift, residual or outputs needs true_sequential"
             raise TinyGPTQError(f"{where}: {needs}; choose 'fast' or 'plain'")
@@ -359,6 +365,15 @@ class QuantizeConfig:
 # ------------------------------------------------------------------------------------------------------ generating
 
 
+def warn_of_long_windows(config: LlamaConfig, tokens: int) -> None:
+    """Log a warning where windows have more tokens than the model was made for."""
+    most = config.max_position_embeddings
+    if tokens > most:
+        log.warning(
+            "windows of %d tokens, but the model was made for %d: beyond them it knows nothing; see --seqlen", tokens, most
+        )
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """A folder's sampling defaults (``generation_config.json``); absent fields mean greedy decoding, as in transformers."""
@@ -376,11 +391,14 @@ class GenerationConfig:
         raw = read_json(path) if path.exists() else {}
         where = str(path)
         sampled = _flag(raw, "do_sample", raw.get("temperature") is not None, where)
+        top_p = _number(raw, "top_p", 1.0, float, low=0.0, where=where)
+        if top_p > 1:
+            raise TinyGPTQError(f"{where}: 'top_p' should be at most 1, found {top_p!r}")
         # transformers' own defaults, for a folder that says only "do_sample": true
         return cls(
             temperature=_number(raw, "temperature", 1.0, float, low=0.0, where=where) if sampled else 0.0,
             top_k=_number(raw, "top_k", 50 if sampled else 0, int, low=0, where=where),
-            top_p=_number(raw, "top_p", 1.0, float, low=0.0, where=where),
+            top_p=top_p,
             repetition_penalty=_number(raw, "repetition_penalty", 1.0, float, low=1e-3, where=where),
             eos_token_ids=_ids(raw.get("eos_token_id"), "eos_token_id", where) or model.eos_token_ids,
         )

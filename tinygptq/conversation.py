@@ -65,6 +65,8 @@ class Conversation:
         self.messages: list[Message] = []
         self.stats: AnswerStats | None = None
         self._seed = settings.pop("seed", None)
+        if self._seed is not None and self._seed < 0:
+            raise TinyGPTQError(f"seed is {self._seed}, expected at least 0")
         names = ("temperature", "top_k", "top_p", "repetition_penalty")
         chosen = {name: settings.pop(name, None) for name in names}
         if settings:

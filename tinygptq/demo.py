@@ -17,7 +17,7 @@ import numpy as np
 
 from tinygptq.config import QuantizeConfig
 from tinygptq.folders.checkpoint import load_checkpoint
-from tinygptq.folders.export import tensor_layout
+from tinygptq.folders.export import require_free, tensor_layout
 from tinygptq.language_model import load
 from tinygptq.quantization.run import quantize
 
@@ -33,6 +33,8 @@ def run(out: Path | None = None, seed: int = 0) -> None:
     Args:
         out: where to keep the 4-bit folder; None keeps nothing.
     """
+    if out is not None:
+        require_free(out)
     started = time.perf_counter()
     print("A small LLaMA, quantised by rounding to nearest (RTN) and by GPTQ; perplexity on stories it never saw.\n")
     text = (EMBEDDED / "heldout.txt").read_text(encoding="utf-8")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinygptq.config import GenerationConfig
+from tinygptq.config import GenerationConfig, warn_of_long_windows
 from tinygptq.errors import TinyGPTQError
 from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.generate import PrefixEngine, StoppedText, generate_batch, generate_ids
@@ -91,7 +92,14 @@ class LanguageModel:
         return _text(tokens, self.tokenizer, stop, min(max_new_tokens, self.engine.capacity - len(ids)))
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        ids = [] if isinstance(prompt, bytes) else list(prompt)
+        wrong = [one for one in ids if isinstance(one, bool) or not isinstance(one, Integral)]
+        if wrong or isinstance(prompt, bytes):
+            found = f"{type(prompt).__name__} with {wrong[0]!r}" if wrong else "bytes"
+            raise TinyGPTQError(f"a prompt is text or a list of token ids, not {found}")
+        return [int(one) for one in ids]
 
     def _sampler(self, seed: int | None, min_new_tokens: int, chosen: Mapping[str, float | None]) -> Sampler:
         """``chosen`` settings; what is None comes from the folder's generation_config.json."""
@@ -124,6 +132,8 @@ class LanguageModel:
         """
         if unknown := sorted(set(settings) - set(SETTINGS)):
             raise TinyGPTQError(f"{unknown[0]!r} is no setting; there are {', '.join(SETTINGS)}")
+        if isinstance(prompts, (str, bytes)):
+            raise TinyGPTQError("generate_batch takes a list of prompts; for a single one there is generate")
         ids = [self._encode(prompt) for prompt in prompts]
         seeds = [None if seed is None else seed + number for number in range(len(ids))]
         samplers = [self._sampler(one, min_new_tokens, settings) for one in seeds]
@@ -157,10 +167,15 @@ class LanguageModel:
         return self.scorer.score([encode_pair(self.tokenizer, context, continuation) for context, continuation in pairs])
 
     def perplexity(
-        self, text: str, seqlen: int = 2048, max_windows: int | None = None, stride: int | None = None
+        self, text: str, seqlen: int | None = None, max_windows: int | None = None, stride: int | None = None
     ) -> evaluate.Perplexity:
-        """Perplexity of a text in windows, without overlap or strided; see :func:`tinygptq.measure.evaluate.perplexity`."""
+        """Perplexity of a text in windows, without overlap or strided; see :func:`tinygptq.measure.evaluate.perplexity`.
+
+        Args: seqlen: None is 2,048, or as many tokens as the model was made for, if those are fewer.
+        """
+        seqlen = min(evaluate.WINDOW, self.config.max_position_embeddings) if seqlen is None else seqlen
         ids = np.asarray(self.tokenizer.encode(text), np.int64)
+        warn_of_long_windows(self.config, min(seqlen, len(ids)))
         return evaluate.perplexity(self.engine.model, ids, seqlen, max_windows, stride)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from tinygptq.errors import TinyGPTQError
 from tinygptq.ops import softmax
 
+LARGEST = 1e6  # of what logits are multiplied or divided by: they stay within float32
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -28,16 +30,19 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("temperature", 0.0, np.inf),
+            ("temperature", 0.0, LARGEST),
             ("top_k", 0, np.inf),
             ("top_p", 0.0, 1.0),
+            ("repetition_penalty", 1 / LARGEST, LARGEST),
             ("min_new_tokens", 0, np.inf),
         ):
             value = getattr(self, name)
-            if not low <= value <= high:  # also false for NaN
-                raise TinyGPTQError(f"{name} is {value}, expected {low} to {high}")
-        if not 0.0 < self.repetition_penalty < np.inf:
-            raise TinyGPTQError(f"repetition_penalty is {self.repetition_penalty}, expected a positive number")
+            if not isinstance(value, (int, float, np.number)) or not low <= value <= high:  # also false for NaN
+                raise TinyGPTQError(f"{name} is {value!r}, expected {low} to {high}")
+        if 0.0 < self.temperature < 1 / LARGEST:
+            raise TinyGPTQError(
+                f"temperature is {self.temperature}, expected 0 (the most likely token) or {1 / LARGEST} and more"
+            )
 
 
 def penalise_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
@@ -123,9 +128,9 @@ class Sampler:
 
     def draw(self, logits: np.ndarray) -> int:
         """The next token id for float32 logits [vocab]."""
-        logits = self.distribution(logits)
         if not -np.inf < logits.max() < np.inf:  # also true when one is NaN
             raise TinyGPTQError("the logits hold NaN or infinity: the model's weights or its scales are broken")
+        logits = self.distribution(logits)
         if self.params.temperature == 0.0:
             token = int(np.argmax(logits))
         else:

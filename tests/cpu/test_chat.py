@@ -214,3 +214,16 @@ def test_the_command(embedded, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
     assert main(["chat", str(embedded), "--template", "folder"]) == 2
     assert "has no chat template" in capsys.readouterr().err
+
+
+def test_a_conversation_that_cannot_be_saved(model, monkeypatch, capsys, tmp_path):
+    """One line, the conversation goes on, and no half of a file stays."""
+    names = ["~nobody-of-this-name/x", f"{tmp_path}/a\0b", f"{tmp_path}/missing/x"]
+    lines = [QUESTION, *(f"/save {name}" for name in names), f"/save {tmp_path}/b"]
+    _, err = run(conversation(model), monkeypatch, capsys, *lines)
+    assert len(err.splitlines()) == 3 and "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    broken = conversation(model, system="\udcff")
+    _, err = run(broken, monkeypatch, capsys, f"/save {tmp_path}/c")
+    assert f"/save {tmp_path}/c" in err
+    assert not (tmp_path / "c").exists()

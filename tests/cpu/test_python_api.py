@@ -138,3 +138,20 @@ def test_do_sample_without_a_temperature_draws_at_the_folders_own_or_at_1(tmp_pa
 def test_refusals(model, settings, message):
     with pytest.raises(TinyGPTQError, match=message):
         tinygptq.pipeline(model)(OPENING, **settings)
+
+
+def test_wrong_kinds_of_arguments_are_named(embedded, tmp_path):
+    model = tinygptq.load(embedded, context=64)
+    for call, said in (
+        (lambda: tinygptq.QuantizeConfig(recipe="fast"), "recipe is 'fast', expected a Recipe"),
+        (lambda: tinygptq.quantize(embedded, tmp_path / "out", {"bits": 4}), "config is dict, expected a QuantizeConfig"),
+        (lambda: tinygptq.quantize(embedded, tmp_path / "out", nsamples=2.0), "nsamples is 2.0, expected a whole number"),
+        (lambda: model.generate_batch("Hi"), "generate_batch takes a list of prompts"),
+        (lambda: list(model.stream(b"Hi")), "a prompt is text or a list of token ids, not bytes"),
+        (lambda: list(model.stream([1.5])), "a prompt is text or a list of token ids, not list with 1.5"),
+        (lambda: list(model.stream("Hi", temperature="x")), "temperature is 'x'"),
+    ):
+        with pytest.raises(TinyGPTQError) as caught:
+            call()
+        assert said in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -218,7 +218,7 @@ def test_what_looks_like_a_path_is_one(source):
 
 def test_what_is_no_repository_says_what_one_would_be():
     for source in ("missing", "a/b/c", "missing:main", "a b/c", ""):
-        with pytest.raises(TinyGPTQError, match=r"no such folder \(a repository would be OWNER/NAME"):
+        with pytest.raises(TinyGPTQError, match=r"no such folder or file \(a repository would be OWNER/NAME"):
             resolve(source) if source else resolve("x")
     with pytest.raises(TinyGPTQError, match=r"no such folder$"):
         resolve(Path("someone/model"))  # a Path means a folder

@@ -74,13 +74,16 @@ def test_top_p_skips_what_top_k_took_out():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"temperature": -0.1}, "temperature is -0.1, expected 0.0 to inf"),
+        ({"temperature": -0.1}, "temperature is -0.1, expected 0.0 to 1000000.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1e-38}, "temperature is 1e-38, expected 0 (the most likely token)"),  # logits would overflow
+        ({"temperature": 1e300}, "temperature is 1e+300"),
+        ({"temperature": "x"}, "temperature is 'x'"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 1.01}, "top_p is 1.01, expected 0.0 to 1.0"),
         ({"top_p": -0.01}, "top_p is -0.01"),
         ({"min_new_tokens": -1}, "min_new_tokens is -1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, expected a positive number"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, expected 1e-06 to 1000000.0"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
         ({"repetition_penalty": float("nan")}, "repetition_penalty is nan"),
     ],

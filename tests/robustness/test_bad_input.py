@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import subprocess
@@ -221,3 +222,96 @@ def test_an_unwritable_place(dense: Path, tmp_path: Path, capsys):
     refused(capsys, "quantize", dense, tmp_path / "file" / "out", "--method", "rtn", said="cannot be written")
     if Path("/proc/self").is_dir():
         refused(capsys, "quantize", dense, "/proc/self/out", "--method", "rtn", said="/proc/self/out: cannot be written")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("bench", "MODEL", "--context", "x"), "'x', expected numbers from 1 on"),
+        (("bench", "MODEL", "--tokens", "0"), "0, expected at least 1"),
+        (("eval", "MODEL", "--tasks", "gsm-cot", "--limit", "nan"), "--limit is nan"),
+        (("size", "MODEL", "--context", "-5"), "--context is -5, expected at least 1"),
+        (("chat", "MODEL", "--seed", "-5"), "seed is -5, expected at least 0"),
+        (("convert", "MODEL", "out", "--to", "fp16", "--max-shard-size", "9" * 400), "larger than any disk"),
+        (("card", "MODEL", "--out", ""), "is a folder, expected the name of a file"),
+        (("compare", "MODEL", "MODEL", "--text", "t.txt", "--plot", "nowhere/x.png"), "there is no such folder"),
+        (("inspect", "a" * 300), "File name too long"),
+        (("convert", "missing.gguf", "out"), "no such folder or file"),
+    ],
+)
+def test_options_out_of_range(folder: Path, capsys, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tinygptq"])
+    words = [str(folder) if word == "MODEL" else word for word in words]
+    try:
+        refused(capsys, *words, said=said)
+    except SystemExit as left:  # argparse's own way out
+        captured = capsys.readouterr()
+        assert left.code == 2 and said in captured.err and captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_sampling_defaults_of_a_folder_are_looked_at(folder: Path, capsys):
+    (folder / "generation_config.json").write_text('{"top_p": 5}')
+    assert main(["inspect", str(folder)]) == 2
+    assert "generation_config.json: 'top_p' should be at most 1, found 5.0" in capsys.readouterr().err
+
+
+def test_numbers_too_long_for_python(folder: Path, capsys):
+    (folder / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}")
+    refused(capsys, "size", folder, said="config.json: not readable as JSON")
+
+
+def test_folders_made_on_the_way_go_with_what_failed(dense: Path, tmp_path: Path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    refused(capsys, "quantize", dense, tmp_path / "a/b/out", "--dataset", tmp_path / "empty.txt", said="holds no text")
+    refused(capsys, "convert", dense, tmp_path / "a/b/out", said="already")
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next(dense: Path, tmp_path: Path):
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    abandoned, of_another = tmp_path / f".out.partial-{gone.pid}", tmp_path / f".out.partial-{1}"
+    abandoned.mkdir()
+    of_another.mkdir()
+    assert main(["convert", str(dense), str(tmp_path / "out"), "--to", "fp16"]) == 0
+    assert not abandoned.exists() and of_another.exists()
+
+
+def test_a_card_is_written_through_a_link_and_into_what_is_no_file(folder: Path, tmp_path: Path):
+    real, link = tmp_path / "real.md", tmp_path / "link.md"
+    real.write_text("old")
+    link.symlink_to(real.name)
+    assert main(["card", str(folder), "--out", str(link)]) == 0
+    assert link.is_symlink() and "GPTQ" in real.read_text()
+    if sys.platform == "linux":
+        assert main(["card", str(folder), "--out", "/dev/null"]) == 0
+        assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full to write to")
+@pytest.mark.parametrize("words", [("inspect", "MODEL"), ("generate", "MODEL", "--prompt", "a", "--max-new-tokens", "2")])
+def test_an_output_that_takes_nothing(dense: Path, words):
+    words = [str(dense) if word == "MODEL" else word for word in words]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, "-m", "tinygptq.cli", *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 2
+    assert "tinygptq: error: [Errno 28] No space left on device" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_standard_input_that_is_no_text(folder: Path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi \xff"), encoding="utf-8"))
+    refused(capsys, "generate", folder, "--prompt", "-", said="standard input is not valid UTF-8")
+    monkeypatch.setattr(sys, "stdin", None)
+    refused(capsys, "generate", folder, "--prompt", "-", said="closed")
+
+
+def test_windows_longer_than_the_model_was_made_for(dense: Path, tmp_path: Path, caplog):
+    (tmp_path / "text.txt").write_text("a word or two " * 2000)
+    most = json.loads((dense / "config.json").read_text())["max_position_embeddings"]
+    command = ["perplexity", str(dense), "--dataset", str(tmp_path / "text.txt"), "--max-windows", "1"]
+    assert main(command) == 0
+    assert not caplog.messages
+    assert main([*command, "--seqlen", str(most + 1)]) == 0
+    assert any(f"windows of {most + 1} tokens, but the model was made for {most}" in line for line in caplog.messages)

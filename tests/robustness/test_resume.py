@@ -109,7 +109,7 @@ def test_continues_at_the_block_it_had_reached(root, tmp_path, monkeypatch, capl
         stop_after(patch, blocks)
         run(root, out, kind)
     assert not out.exists()
-    assert f"{out}: {blocks} blocks are done and kept; the same command with --resume continues" in caplog.messages
+    assert f"{out}: {blocks} blocks are done and kept; the same command continues" in caplog.messages
     solved = []
     replace = block_loop._replace
     monkeypatch.setattr(block_loop, "_replace", lambda *args: solved.append(args[1]) or replace(*args))

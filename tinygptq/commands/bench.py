@@ -17,7 +17,7 @@ def register(command) -> None:
     add("--context", type=_numbers, default=(256,), metavar="N,N", help="tokens before those decoded (default: 256)")
     add("--prompt-tokens", type=_numbers, default=(512,), metavar="N,N", help="lengths of prompts (default: 512)")
     add("--rows", type=_numbers, default=(1,), metavar="N,N", help="sequences decoded together (default: 1; more on a GPU)")
-    add("--tokens", type=int, default=64, metavar="N", help="decoded in each run (default: %(default)s)")
+    add("--tokens", type=_number, default=64, metavar="N", help="decoded in each run (default: %(default)s)")
     add("--cache-bits", type=int, default=16, choices=(8, 16), help="of keys and values on a GPU (default: %(default)s)")
     add("--profile", action="store_true", help="also time the kernels of a step (GPU)")
     add_json(parser)
@@ -28,10 +28,17 @@ def register(command) -> None:
 
 def _numbers(text: str) -> tuple[int, ...]:
     """``256,1900`` as numbers, each at least 1."""
-    numbers = tuple(int(part) for part in text.split(","))
-    if min(numbers) < 1:
-        raise ValueError
-    return numbers
+    try:
+        return tuple(_number(part) for part in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers from 1 on, with commas between them") from None
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}, expected at least 1")
+    return number
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -45,6 +45,8 @@ def _chat(args: argparse.Namespace) -> None:
     from tinygptq.conversation import Conversation
     from tinygptq.language_model import load
 
+    if sys.stdin is None:
+        raise TinyGPTQError("chat reads standard input, which is closed")
     model = load(args.model, device=args.device, context=args.context, revision=args.revision)
     conversation = Conversation(
         model, args.template, args.system, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
@@ -133,14 +135,11 @@ class Terminal:
             raise TinyGPTQError("/save needs the name of a file")
         system = [{"role": "system", "content": self.conversation.system}] if self.conversation.system else []
         record = {"messages": [*system, *self.conversation.messages]}
-        path = Path(name).expanduser()
         try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        except FileExistsError:
-            raise TinyGPTQError(f"{path} exists already; choose another name") from None
-        except OSError as error:
-            raise TinyGPTQError(f"{path}: cannot be written ({error.strerror})") from None
+            path, content = Path(name).expanduser(), (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        except (RuntimeError, UnicodeEncodeError) as error:  # no such home; text that is no Unicode
+            raise TinyGPTQError(f"/save {name}: {error}") from None
+        _write_new(path, content)
         print(f"{len(self.conversation.messages)} messages in {path}")
 
     def _retry(self, _: str) -> None:
@@ -151,3 +150,19 @@ class Terminal:
 
     def _stats(self, _: str) -> None:
         print(self.conversation.stats or "no answer yet")
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """A file that was not there before, whole or not at all."""
+    try:
+        file = path.open("xb")
+    except FileExistsError:
+        raise TinyGPTQError(f"{path} exists already; choose another name") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise TinyGPTQError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    try:
+        with file:
+            file.write(content)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise TinyGPTQError(f"{path}: cannot be written ({error.strerror or error})") from None

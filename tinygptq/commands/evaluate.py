@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def _eval(args: argparse.Namespace) -> None:
     names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
     if not names:
         raise TinyGPTQError("--tasks names nothing to evaluate; --list shows the suites")
+    if args.limit is not None and not 0 < args.limit < math.inf:
+        raise TinyGPTQError(f"--limit is {args.limit}, expected a number of documents, or a share of them below 1")
     options = Options(
         fewshot=args.num_fewshot,
         limit=args.limit if args.limit is None or args.limit < 1 else int(args.limit),

@@ -48,6 +48,8 @@ def _size(args: argparse.Namespace) -> None:
 
     if args.all_branches and (args.bits is not None or args.group_size is not None):
         raise TinyGPTQError("--all-branches has bits and group sizes of its own; leave out --bits and --group-size")
+    if args.context < 1:
+        raise TinyGPTQError(f"--context is {args.context}, expected at least 1")
     path = _config_path(args.model, args.revision)
     config = LlamaConfig.from_dict(read_json(path), str(path))
     if args.all_branches:

@@ -27,7 +27,7 @@ def register(command) -> None:
         choices=("wikitext2",),
         help="read FILE as WikiText-2's raw split and join its rows by blank lines, as for the published figures",
     )
-    add("--seqlen", type=int, default=2048, help="tokens in a window (default: %(default)s)")
+    add("--seqlen", type=int, help="tokens in a window (default: 2048, or the model's maximum if that is less)")
     add(
         "--stride",
         type=int,

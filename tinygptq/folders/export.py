@@ -6,6 +6,9 @@ and the tokenizer's files. The folder appears whole or not at all: it is written
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import itertools
 import json
 import os
 import shutil
@@ -57,15 +60,46 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     place = out.resolve()  # "." has no name to put the partial folder beside
     partial = place.with_name(f".{place.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, place)
+        _remove_abandoned(place)
+        with parents_of(partial):
+            partial.mkdir()
+            yield partial
+            os.replace(partial, place)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise TinyGPTQError(f"{out}: cannot be written ({error.strerror or error})") from None
+
+
+@contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """Folders above ``path``, made where they are missing; on a failure ``path`` goes, and those of them that are empty."""
+    missing = list(itertools.takewhile(lambda parent: not parent.exists(), path.parents))  # the nearest first
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
         raise
+
+
+def _remove_abandoned(place: Path) -> None:
+    """What processes left that were killed while they wrote here."""
+    for partial in place.parent.glob(f"{glob.escape(f'.{place.name}.partial-')}*"):
+        pid = partial.name.rpartition("-")[2]
+        if pid.isdecimal() and not _runs(int(pid)):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's process, or a system that does not say
+        return True
+    return True
 
 
 def tensor_layout(config: LlamaConfig, quantization: QuantizeConfig) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -221,7 +255,11 @@ def copy_companions(source: Path, folder: Path) -> None:
     """The tokenizer's files and the sampling defaults, as they are."""
     for name in COMPANIONS:
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+            try:
+                content = (source / name).read_bytes()
+            except OSError as error:
+                raise TinyGPTQError(f"{source / name}: cannot be read ({error.strerror or error})") from None
+            (folder / name).write_bytes(content)
 
 
 def write_json(path: Path, value: dict) -> None:

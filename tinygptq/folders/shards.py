@@ -17,6 +17,7 @@ from tinygptq.folders.export import write_json
 from tinygptq.folders.tensorfile import Layout, TensorFileWriter
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+LARGEST_SIZE = 1e18  # bytes
 
 
 def parse_size(text: str) -> int:
@@ -24,10 +25,12 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in UNITS:
         raise TinyGPTQError(f"{text!r} is not a size; expected a number of bytes, or one followed by KB, MB, GB or GiB")
-    size = int(float(match[1]) * UNITS[match[2].upper()])
+    size = float(match[1]) * UNITS[match[2].upper()]
+    if size > LARGEST_SIZE:
+        raise TinyGPTQError(f"{text!r}: larger than any disk; leave the option out for a single file")
     if size < 1:
         raise TinyGPTQError(f"{text!r}: a shard cannot be smaller than a byte")
-    return size
+    return int(size)
 
 
 def tensor_bytes(layout: Layout) -> int:

@@ -68,7 +68,9 @@ def inverse(H: np.ndarray, *, method: str | Any = None) -> np.ndarray:
     ridged[steps, steps] += xp.where(diagonal > 0, RIDGE * diagonal + DAMP * diagonal.mean(), 1)
     R = functions_of(method).inverse_cholesky(ridged)
     if R is None:
-        raise TinyGPTQError("H is not positive definite; a sum of x x^T would be")
+        raise TinyGPTQError(
+            "H is not positive definite, as a sum of x x^T would be; recipe 'fast' needs no inverse of it that is not damped"
+        )
     return R.astype(np.float32, copy=False)
 
 

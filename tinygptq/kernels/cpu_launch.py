@@ -56,7 +56,7 @@ def _launch(function, job, parts, number):
 def kernels():
     """The compiled kernels, from the disk cache if it has them; INFO says how long that took."""
     start = time.perf_counter()
-    notice = threading.Timer(1.5, log.info, ["compiling the CPU kernels: once, some 10 to 20 seconds ..."])
+    notice = threading.Timer(1.5, log.info, ["compiling the CPU kernels: once, some 10 to 30 seconds ..."])
     notice.daemon = True
     notice.start()  # loading from the cache takes a fraction of a second
     try:

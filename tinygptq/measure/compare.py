@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import math
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from tinygptq.config import warn_of_long_windows
 from tinygptq.errors import TinyGPTQError
 from tinygptq.measure.evaluate import perplexity_of
 from tinygptq.model import Llama
@@ -90,6 +92,7 @@ def _windows(a: Llama, b: Llama, ids: np.ndarray, seqlen: int, max_windows: int 
     if max_windows is not None and max_windows < 1:
         raise TinyGPTQError(f"--max-windows is {max_windows}, expected at least 1")
     seqlen = min(seqlen, len(ids))
+    warn_of_long_windows(a.config, seqlen)
     count = len(ids) // seqlen if max_windows is None else min(max_windows, len(ids) // seqlen)
     return ids[: count * seqlen].reshape(count, seqlen)
 
@@ -193,4 +196,9 @@ def plot(comparison: Comparison, path: str | Path, names: tuple[str, str] = ("A"
     right.set(xscale="log", yscale="log", xlabel="share of tokens with at least this KL, %", ylabel="KL, nats")
     right.grid(alpha=0.3, which="both")
     right.legend()
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+        raise TinyGPTQError(f"--plot {path}: cannot be written ({error.strerror or error})") from None

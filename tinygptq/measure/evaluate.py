@@ -16,6 +16,7 @@ from tinygptq.errors import TinyGPTQError
 from tinygptq.model import Llama
 from tinygptq.ops import array_module, to_numpy
 
+WINDOW = 2048  # tokens, as in the papers
 LARGEST_NATS = 700.0  # exp overflows float64 at 709.8; a model that knows nothing at all needs log(vocabulary), about 10
 ROWS_AT_ONCE = 512  # positions whose logits are formed together: 512 x 32,000 floats are 65 MB
 
@@ -36,7 +37,7 @@ class Perplexity:
 
 @memory.kept()
 def perplexity(
-    model: Llama, ids: np.ndarray, seqlen: int = 2048, max_windows: int | None = None, stride: int | None = None
+    model: Llama, ids: np.ndarray, seqlen: int = WINDOW, max_windows: int | None = None, stride: int | None = None
 ) -> Perplexity:
     """Windows of ``seqlen`` tokens, by default without overlap; in each, every token but the first is predicted.
 

@@ -255,6 +255,10 @@ def validate(
         ours, theirs = getattr(checkpoint.config, what), getattr(other.config, what)
         if ours != theirs:
             raise TinyGPTQError(f"{folder} and {reference} are different models: {what} is {ours} and {theirs}")
+    if ids.size and not 0 <= ids.min() <= ids.max() < checkpoint.config.vocab_size:
+        raise TinyGPTQError(
+            f"{folder}: the text has token {ids.max()}, the model a vocabulary of {checkpoint.config.vocab_size}"
+        )
     kept = run_transformers(other, ids)
     running = {name: make(checkpoint) for name, make in (ENGINES if engines is None else engines).items()}
     rows = [*_blocks(running, kept)]

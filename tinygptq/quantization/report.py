@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
 import math
@@ -142,6 +143,8 @@ def plot(reports: Sequence[LinearReport], path: str | Path, title: str = "") -> 
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
         raise TinyGPTQError(f"--report {path}: cannot be written ({error.strerror or error})") from None
 
 

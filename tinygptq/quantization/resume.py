@@ -93,6 +93,7 @@ def unfinished_folder(out: str | Path, resume: bool = False) -> Iterator[Progres
     remove_leftovers(out)
     require_free(out)
     work = place_of(out)
+    missing = [parent for parent in work.parents if not parent.exists()]  # the nearest first
     try:
         work.mkdir(parents=True, exist_ok=True)
         with _locked(work, out):
@@ -113,6 +114,10 @@ def unfinished_folder(out: str | Path, resume: bool = False) -> Iterator[Progres
         if not (work / "folder").exists():  # a disk too full for the lock itself: there is nothing here to continue
             _remove(work)
         raise TinyGPTQError(f"{out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):  # those of them that are empty
+            for parent in missing:
+                parent.rmdir()
 
 
 def remove_leftovers(out: Path) -> None:
@@ -126,7 +131,7 @@ def _after_failure(progress: Progress, resume: bool) -> None:
     if not resume or not progress.blocks:
         _remove(progress.work)
     elif progress.begun:  # else what is here was refused, and the error says why
-        log.info("%s: %d blocks are done and kept; the same command with --resume continues", progress.out, progress.blocks)
+        log.info("%s: %d blocks are done and kept; the same command continues", progress.out, progress.blocks)
 
 
 def _remove(work: Path) -> None:

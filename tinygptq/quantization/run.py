@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinygptq import memory
-from tinygptq.config import QuantizeConfig
+from tinygptq.config import QuantizeConfig, warn_of_long_windows
 from tinygptq.errors import TinyGPTQError
 from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.folders.export import QuantizedFolderWriter, require_packable
@@ -82,13 +83,14 @@ def quantize(
     place = place_named(device)
     if method not in ("gptq", "rtn"):
         raise TinyGPTQError(f"method is {method!r}, expected 'gptq' or 'rtn'")
-    if seed < 0:
-        raise TinyGPTQError(f"seed is {seed}, expected at least 0")
     if report is not None and method != "gptq":
         raise TinyGPTQError("rounding to nearest measures no errors that a report could show")
     if report is not None:
         require_plot(report)
     config = config or QuantizeConfig()
+    if not isinstance(config, QuantizeConfig):
+        raise TinyGPTQError(f"config is {type(config).__name__}, expected a QuantizeConfig")
+    nsamples, seqlen, seed = (_whole(n, v) for n, v in (("nsamples", nsamples), ("seqlen", seqlen), ("seed", seed)))
     source = load_checkpoint(resolve(src, revision))
     if source.quantization is not None:
         raise TinyGPTQError(f"{src}: is quantised already ({source.quantization.bits} bits)")
@@ -120,6 +122,7 @@ def _solve_and_write(
     reports = [LinearReport(**linear) for linear in progress.linears]
     if ids is not None:
         warn_of_little_text(*ids.shape)
+        warn_of_long_windows(source.config, ids.shape[1])
     with (
         place.session(),
         QuantizedFolderWriter(progress.folder, source, config, facts, progress.tensors) as file,
@@ -137,6 +140,15 @@ def _solve_and_write(
             writer.write(name, place.tensors(solution, config))
             reports.append(report)
     return reports
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number of Python's, at least 0, of whatever kind of integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TinyGPTQError(f"{name} is {value!r}, expected a whole number")
+    if value < 0:
+        raise TinyGPTQError(f"{name} is {value}, expected at least 0")
+    return int(value)
 
 
 def _calibration(source: Checkpoint, dataset: str, *settings) -> tuple[np.ndarray, dict[str, Any]]:

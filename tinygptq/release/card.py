@@ -185,7 +185,7 @@ def _description(facts: ModelFacts) -> str:
     return f"""# {facts.model_name} - GPTQ
 
 - Model creator: {facts.model_creator}
-- Original model: [{facts.model_name}]({HUB}/{facts.base_model})
+- Original model: {_original(facts, facts.model_name)}
 - Quantised by: {facts.quantized_by}
 
 ## Description
@@ -198,7 +198,12 @@ def _repositories(facts: ModelFacts) -> str:
     return f"""## Repositories available
 
 - [GPTQ, for GPU and CPU: this repository]({HUB}/{facts.repo})
-- [The original, unquantised]({HUB}/{facts.base_model})"""
+- {_original(facts, "The original, unquantised")}"""
+
+
+def _original(facts: ModelFacts, text: str) -> str:
+    """A link where the original is a repository; a folder of its maker's has no address."""
+    return f"[{text}]({HUB}/{facts.base_model})" if "/" in facts.base_model else text
 
 
 def _prompt(facts: ModelFacts) -> str:

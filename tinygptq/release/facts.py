@@ -70,12 +70,20 @@ def update_meta(folder: Path, **facts: Any) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; a disk that refuses is a TinyGPTQError."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Write a file whole or not at all; a disk that refuses is a TinyGPTQError.
+
+    Where ``path`` is a link, what it points to is written; what is no file (a pipe, a terminal) takes the text as it comes.
+    """
+    place = path.resolve()
+    if place.is_dir():
+        raise TinyGPTQError(f"{path}: is a folder, expected the name of a file")
+    partial = place if place.exists() and not place.is_file() else place.with_name(f".{place.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        if partial != place:
+            os.replace(partial, place)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        if partial != place:
+            with contextlib.suppress(OSError):
+                partial.unlink()
         raise TinyGPTQError(f"{path}: cannot be written ({error.strerror or error})") from None

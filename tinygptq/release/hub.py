@@ -48,7 +48,9 @@ def resolve(source: str | Path, revision: str | None = None, *, weights: bool = 
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or "\\" in str(source):
         raise TinyGPTQError(f"{source}: no such folder")
     if not REPOSITORY.fullmatch(repo):
-        raise TinyGPTQError(f"{source}: no such folder (a repository would be OWNER/NAME or OWNER/NAME:BRANCH)")
+        if folder.exists():
+            raise TinyGPTQError(f"{source}: is a file, expected a folder or a repository")
+        raise TinyGPTQError(f"{source}: no such folder or file (a repository would be OWNER/NAME or OWNER/NAME:BRANCH)")
     if Path(repo).is_dir():
         raise TinyGPTQError(f"{repo}: is a folder; ':{branch}' can only choose a branch of a repository")
     if branch and revision and branch != revision:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygptq.config import LlamaConfig, read_json
+from tinygptq.config import GenerationConfig, LlamaConfig, read_json
 from tinygptq.errors import TinyGPTQError
 from tinygptq.folders.checkpoint import (
     EMBEDDING,
@@ -99,6 +99,8 @@ def inspect_folder(folder: str | Path) -> Inspection:
     model_config = found.attempt(lambda: read_json(found.folder / "config.json"))
     if model_config is not None:
         found.config = found.attempt(lambda: LlamaConfig.from_dict(model_config, str(found.folder / "config.json")))
+        if found.config is not None:
+            found.attempt(partial(GenerationConfig.from_folder, found.folder, found.config))
     stated = found.attempt(lambda: find_quantization(found.folder)) if model_config is not None else None
     base_name = stated.file_base_name if stated else None
     tensors = found.attempt(lambda: Tensors(found.folder, base_name, on_error=found.problem))
