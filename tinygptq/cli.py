@@ -53,9 +53,14 @@ def _fail(error: Exception) -> int:
 
 
 def _silence_stdout() -> None:
-    """What is still to be written goes nowhere: the flush at the very end must not complain again."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """If what is still to be written cannot be, it goes nowhere: the flush at the very end must not complain again."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ------------------------------------------------------------------------------------------------------- commands
