@@ -175,3 +175,13 @@ def test_ids_outside_the_vocabulary_are_refused(token):
 def test_broken_logits_are_refused(logits, temperature):
     with pytest.raises(TinyGPTQError, match="logits hold NaN or infinity"):
         sampler(2, temperature=temperature).draw(np.array(logits, np.float32))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_k": 3, "top_p": 0.5}])
+@pytest.mark.parametrize(
+    "logits", [np.full(8, np.nan), np.r_[np.nan, np.zeros(7)], np.full(8, -np.inf), np.r_[np.inf, np.zeros(7)]]
+)
+def test_logits_that_are_no_numbers(settings, logits):
+    sampler = Sampler(SamplingParams(**settings), 8, (), 0)
+    with pytest.raises(TinyGPTQError, match="the logits hold NaN or infinity"):
+        sampler.draw(logits.astype(np.float32))

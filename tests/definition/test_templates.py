@@ -104,6 +104,7 @@ def test_chat_template_of_a_folder():
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",  # out of the sandbox
         "{{ messages.append(1) }}",
         "{{ missing.field }}",
+        "{{ 1 / 0 }}",
     ],
 )
 def test_a_chat_template_that_fails_is_one_line(template):

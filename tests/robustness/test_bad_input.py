@@ -315,3 +315,9 @@ def test_windows_longer_than_the_model_was_made_for(dense: Path, tmp_path: Path,
     assert not caplog.messages
     assert main([*command, "--seqlen", str(most + 1)]) == 0
     assert any(f"windows of {most + 1} tokens, but the model was made for {most}" in line for line in caplog.messages)
+
+
+def test_a_demo_that_cannot_be_kept_says_so_first(tmp_path: Path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    refused(capsys, "demo", "--out", tmp_path / "full", said="already exists and is not an empty folder")
