@@ -7,14 +7,12 @@ Three of them: :class:`LlamaConfig` (a folder's ``config.json``), :class:`Quanti
 from __future__ import annotations
 
 import json
-import logging
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tinygptq.errors import TinyGPTQError
-
-log = logging.getLogger(__name__)
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 MOST_LAYERS = 10_000  # every layer is walked through before any tensor is looked for
@@ -34,8 +32,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _number(raw: dict, key: str, default, kind: type, *, low: float, where: str):
-    """One number of a config: ``raw[key]`` or the default, of type ``kind`` and at least ``low``."""
+def _number(raw: dict, key: str, default, kind: type, *, low: float, high: float = math.inf, where: str):
+    """One number of a config: ``raw[key]`` or the default, of type ``kind`` and from ``low`` to ``high``."""
     value = raw.get(key)
     if value is None:
         value = default
@@ -46,6 +44,8 @@ def _number(raw: dict, key: str, default, kind: type, *, low: float, where: str)
         raise TinyGPTQError(f"{where}: '{key}' should be {kind.__name__}, found {value!r}")
     if not low <= value <= LARGEST_NUMBER:  # also false for NaN
         raise TinyGPTQError(f"{where}: '{key}' should be at least {low} and finite, found {value!r}")
+    if value > high:
+        raise TinyGPTQError(f"{where}: '{key}' should be at most {high:g}, found {kind(value)!r}")
     return kind(value)
 
 
@@ -365,15 +365,6 @@ class QuantizeConfig:
 # ------------------------------------------------------------------------------------------------------ generating
 
 
-def warn_of_long_windows(config: LlamaConfig, tokens: int) -> None:
-    """Log a warning where windows have more tokens than the model was made for."""
-    most = config.max_position_embeddings
-    if tokens > most:
-        log.warning(
-            "windows of %d tokens, but the model was made for %d: beyond them it knows nothing; see --seqlen", tokens, most
-        )
-
-
 @dataclass(frozen=True)
 class GenerationConfig:
     """A folder's sampling defaults (``generation_config.json``); absent fields mean greedy decoding, as in transformers."""
@@ -391,14 +382,11 @@ class GenerationConfig:
         raw = read_json(path) if path.exists() else {}
         where = str(path)
         sampled = _flag(raw, "do_sample", raw.get("temperature") is not None, where)
-        top_p = _number(raw, "top_p", 1.0, float, low=0.0, where=where)
-        if top_p > 1:
-            raise TinyGPTQError(f"{where}: 'top_p' should be at most 1, found {top_p!r}")
         # transformers' own defaults, for a folder that says only "do_sample": true
         return cls(
             temperature=_number(raw, "temperature", 1.0, float, low=0.0, where=where) if sampled else 0.0,
             top_k=_number(raw, "top_k", 50 if sampled else 0, int, low=0, where=where),
-            top_p=top_p,
+            top_p=_number(raw, "top_p", 1.0, float, low=0.0, high=1.0, where=where),
             repetition_penalty=_number(raw, "repetition_penalty", 1.0, float, low=1e-3, where=where),
             eos_token_ids=_ids(raw.get("eos_token_id"), "eos_token_id", where) or model.eos_token_ids,
         )

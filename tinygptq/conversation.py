@@ -10,7 +10,7 @@ from typing import Any
 from tinygptq.errors import TinyGPTQError
 from tinygptq.generate import StoppedText, generate_ids
 from tinygptq.language_model import LanguageModel
-from tinygptq.sampling import Sampler, SamplingParams
+from tinygptq.sampling import Sampler, SamplingParams, check_seed
 from tinygptq.templates import TEMPLATES, Message, get_template, render_chat, render_conversation
 
 FOLDER_TEMPLATE = "folder"  # in place of a template's name: the folder's own chat template
@@ -65,8 +65,7 @@ class Conversation:
         self.messages: list[Message] = []
         self.stats: AnswerStats | None = None
         self._seed = settings.pop("seed", None)
-        if self._seed is not None and self._seed < 0:
-            raise TinyGPTQError(f"seed is {self._seed}, expected at least 0")
+        check_seed(self._seed)
         names = ("temperature", "top_k", "top_p", "repetition_penalty")
         chosen = {name: settings.pop(name, None) for name in names}
         if settings:

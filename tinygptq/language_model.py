@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinygptq.config import GenerationConfig, warn_of_long_windows
+from tinygptq.config import GenerationConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.generate import PrefixEngine, StoppedText, generate_batch, generate_ids
@@ -20,6 +20,7 @@ from tinygptq.ops import to_numpy
 from tinygptq.release.hub import resolve
 from tinygptq.sampling import Sampler, SamplingParams
 from tinygptq.tokenizer import Tokenizer
+from tinygptq.windows import usual_window, warn_of_long_windows
 
 if TYPE_CHECKING:
     from tinygptq.cuda.engine import CudaEngine
@@ -173,7 +174,7 @@ class LanguageModel:
 
         Args: seqlen: None is 2,048, or as many tokens as the model was made for, if those are fewer.
         """
-        seqlen = min(evaluate.WINDOW, self.config.max_position_embeddings) if seqlen is None else seqlen
+        seqlen = usual_window(self.config) if seqlen is None else seqlen
         ids = np.asarray(self.tokenizer.encode(text), np.int64)
         warn_of_long_windows(self.config, min(seqlen, len(ids)))
         return evaluate.perplexity(self.engine.model, ids, seqlen, max_windows, stride)

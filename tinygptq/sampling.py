@@ -45,6 +45,12 @@ class SamplingParams:
             )
 
 
+def check_seed(seed: int | None) -> None:
+    """Raise TinyGPTQError for a seed that no generator takes; None is fresh randomness."""
+    if seed is not None and seed < 0:
+        raise TinyGPTQError(f"seed is {seed}, expected at least 0")
+
+
 def penalise_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
     """Make tokens already in the text less likely: positive logits divided by the penalty, negative ones multiplied.
 
@@ -83,8 +89,7 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int, eos_token_ids: tuple[int, ...], seed: int | None) -> None:
-        if seed is not None and seed < 0:
-            raise TinyGPTQError(f"seed is {seed}, expected at least 0")
+        check_seed(seed)
         self.params = params
         self._seen = np.zeros(vocab_size, np.bool_)
         self._eos = [token for token in eos_token_ids if token < vocab_size]

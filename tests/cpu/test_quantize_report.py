@@ -15,6 +15,7 @@ from tinygptq.cli import main
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq import Hessian, prepare, round_to_nearest
+from tinygptq.pictures import require_picture
 from tinygptq.quantization import report as quantize_report
 from tinygptq.quantization.placement import Clock, Host
 from tinygptq.quantization.report import LOG_COLUMNS, LOG_NAME, DeadInputs, LinearReport, rounding_loss
@@ -99,7 +100,7 @@ def test_without_matplotlib(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(TinyGPTQError, match=r"pip install tinygptq\[plot\]"):
-        quantize_report.require_plot("x.png")
+        require_picture("x.png", "--report")
 
 
 def test_json_has_no_nan(source, tmp_path, capsys):

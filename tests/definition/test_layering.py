@@ -18,7 +18,7 @@ PACKAGE = ROOT / "tinygptq"
 LOOSE = {"folders", "measure", "quantization", "release"}
 LAYERS = (
     ("errors", "config", "branches", "tokenizer", "tokenizer_rules", "templates"),
-    ("packing", "weights", "threads", "memory", "ops", "gptq"),
+    ("packing", "weights", "threads", "memory", "ops", "gptq", "windows", "pictures"),
     ("folders", "kernels"),
     ("kvcache", "model", "backward"),
     ("engine", "cuda", "generate", "sampling"),

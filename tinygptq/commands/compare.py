@@ -32,11 +32,10 @@ def _compare(args: argparse.Namespace) -> None:
     from tinygptq.calibrate import evaluation_text
     from tinygptq.language_model import load
     from tinygptq.measure.compare import compare, plot
+    from tinygptq.pictures import require_picture
 
-    if args.plot is not None and args.plot.suffix.lower() != ".png":
-        raise TinyGPTQError(f"--plot {args.plot}: expected a name that ends in .png")
-    if args.plot is not None and not args.plot.resolve().parent.is_dir():
-        raise TinyGPTQError(f"--plot {args.plot}: there is no such folder")
+    if args.plot is not None:
+        require_picture(args.plot, "--plot")
     if args.worst < 0:
         raise TinyGPTQError(f"--worst is {args.worst}, expected at least 0")
     a, b = (load(source, device=args.device, context=2) for source in (args.a, args.b))

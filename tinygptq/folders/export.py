@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import itertools
 import json
 import os
 import shutil
@@ -59,29 +58,30 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     require_free(out)
     place = out.resolve()  # "." has no name to put the partial folder beside
     partial = place.with_name(f".{place.name}.partial-{os.getpid()}")
-    try:
-        _remove_abandoned(place)
-        with parents_of(partial):
-            partial.mkdir()
+    with no_empty_parents(partial):
+        try:
+            _remove_abandoned(place)
+            partial.mkdir(parents=True)
             yield partial
             os.replace(partial, place)
-    except OSError as error:
-        raise TinyGPTQError(f"{out}: cannot be written ({error.strerror or error})") from None
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise TinyGPTQError(f"{out}: cannot be written ({error.strerror or error})") from None
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 @contextmanager
-def parents_of(path: Path) -> Iterator[None]:
-    """Folders above ``path``, made where they are missing; on a failure ``path`` goes, and those of them that are empty."""
-    missing = list(itertools.takewhile(lambda parent: not parent.exists(), path.parents))  # the nearest first
+def no_empty_parents(path: Path) -> Iterator[None]:
+    """Folders above ``path`` that are made within the block go again at its end, if there is nothing in them."""
+    missing = [parent for parent in path.parents if not parent.exists()]  # the nearest first
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):
+    finally:
+        with contextlib.suppress(OSError):  # one that is not empty, nor are those above it
             for parent in missing:
                 parent.rmdir()
-        raise
 
 
 def _remove_abandoned(place: Path) -> None:

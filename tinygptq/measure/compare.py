@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import math
 from collections.abc import Iterator
@@ -12,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tinygptq.config import warn_of_long_windows
 from tinygptq.errors import TinyGPTQError
 from tinygptq.measure.evaluate import perplexity_of
 from tinygptq.model import Llama
 from tinygptq.ops import array_module, to_numpy
+from tinygptq.pictures import require_picture, save_picture
 from tinygptq.tokenizer import Tokenizer
+from tinygptq.windows import warn_of_long_windows
 
 ROWS_AT_ONCE = 128  # positions whose logits of both models are formed together
 CONTEXT_TOKENS = 12  # shown before a token that went wrong
@@ -174,11 +174,10 @@ class _Totals:
 
 def plot(comparison: Comparison, path: str | Path, names: tuple[str, str] = ("A", "B")) -> None:
     """Two panels as a PNG: the error of the residual stream block by block, and the distribution of KL over tokens."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise TinyGPTQError("a plot needs the package matplotlib: pip install tinygptq[plot]") from None
+    require_picture(path, "--plot")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     perplexities = f"perplexity {comparison.perplexity_a:.3f} → {comparison.perplexity_b:.3f}"
@@ -196,9 +195,4 @@ def plot(comparison: Comparison, path: str | Path, names: tuple[str, str] = ("A"
     right.set(xscale="log", yscale="log", xlabel="share of tokens with at least this KL, %", ylabel="KL, nats")
     right.grid(alpha=0.3, which="both")
     right.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            Path(path).unlink()
-        raise TinyGPTQError(f"--plot {path}: cannot be written ({error.strerror or error})") from None
+    save_picture(figure, path, "--plot")

@@ -15,8 +15,8 @@ from tinygptq import memory
 from tinygptq.errors import TinyGPTQError
 from tinygptq.model import Llama
 from tinygptq.ops import array_module, to_numpy
+from tinygptq.windows import WINDOW
 
-WINDOW = 2048  # tokens, as in the papers
 LARGEST_NATS = 700.0  # exp overflows float64 at 709.8; a model that knows nothing at all needs log(vocabulary), about 10
 ROWS_AT_ONCE = 512  # positions whose logits are formed together: 512 x 32,000 floats are 65 MB
 

@@ -16,7 +16,7 @@ import numpy as np
 from tinygptq.errors import TinyGPTQError
 from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.kvcache import KVCache
-from tinygptq.model import Llama
+from tinygptq.model import Llama, check_ids
 
 TOLERANCE = 1e-3
 FEW = 8  # tokens at a time in the engine that takes few rows: the CPU kernels have a way of their own for up to 16
@@ -255,10 +255,7 @@ def validate(
         ours, theirs = getattr(checkpoint.config, what), getattr(other.config, what)
         if ours != theirs:
             raise TinyGPTQError(f"{folder} and {reference} are different models: {what} is {ours} and {theirs}")
-    if ids.size and not 0 <= ids.min() <= ids.max() < checkpoint.config.vocab_size:
-        raise TinyGPTQError(
-            f"{folder}: the text has token {ids.max()}, the model a vocabulary of {checkpoint.config.vocab_size}"
-        )
+    check_ids(ids[None], checkpoint.config.vocab_size)
     kept = run_transformers(other, ids)
     running = {name: make(checkpoint) for name, make in (ENGINES if engines is None else engines).items()}
     rows = [*_blocks(running, kept)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import logging
 import math
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from tinygptq.config import QuantizeConfig
-from tinygptq.errors import TinyGPTQError
 from tinygptq.gptq import Factor
 from tinygptq.gptq.grid import dequantize, quantize
 from tinygptq.ops import array_module
+from tinygptq.pictures import require_picture, save_picture
 from tinygptq.quantization.placement import Host
 
 log = logging.getLogger("tinygptq")
@@ -106,21 +105,9 @@ def write_log(reports: Sequence[LinearReport], folder: Path) -> None:
             writer.writerow((r.block, r.linear, *numbers, r.dead, f"{r.seconds:.4f}"))
 
 
-def require_plot(path: str | Path) -> None:
-    """Raise TinyGPTQError if :func:`plot` could not write to ``path``: better now than after hours of work."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise TinyGPTQError("a report needs the package matplotlib: pip install tinygptq[plot]") from None
-    if Path(path).suffix.lower() != ".png":
-        raise TinyGPTQError(f"--report {path}: expected a name that ends in .png")
-    if not Path(path).resolve().parent.is_dir():
-        raise TinyGPTQError(f"--report {path}: there is no such folder")
-
-
 def plot(reports: Sequence[LinearReport], path: str | Path, title: str = "") -> None:
     """Two panels as a PNG: each linear's loss over the blocks, GPTQ beside RTN, and what share of RTN's that is."""
-    require_plot(path)
+    require_picture(path, "--report")
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -140,12 +127,7 @@ def plot(reports: Sequence[LinearReport], path: str | Path, title: str = "") -> 
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.suptitle(title)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            Path(path).unlink()
-        raise TinyGPTQError(f"--report {path}: cannot be written ({error.strerror or error})") from None
+    save_picture(figure, path, "--report")
 
 
 def warn_of_little_text(samples: int, tokens: int) -> None:

@@ -41,7 +41,7 @@ import numpy as np
 from tinygptq import threads
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.folders.export import require_free
+from tinygptq.folders.export import no_empty_parents, require_free
 from tinygptq.folders.tensorfile import TensorFile
 from tinygptq.release.facts import made_by
 
@@ -93,7 +93,12 @@ def unfinished_folder(out: str | Path, resume: bool = False) -> Iterator[Progres
     remove_leftovers(out)
     require_free(out)
     work = place_of(out)
-    missing = [parent for parent in work.parents if not parent.exists()]  # the nearest first
+    with no_empty_parents(work), _at_work(out, work, resume) as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def _at_work(out: Path, work: Path, resume: bool) -> Iterator[Progress]:
     try:
         work.mkdir(parents=True, exist_ok=True)
         with _locked(work, out):
@@ -114,10 +119,6 @@ def unfinished_folder(out: str | Path, resume: bool = False) -> Iterator[Progres
         if not (work / "folder").exists():  # a disk too full for the lock itself: there is nothing here to continue
             _remove(work)
         raise TinyGPTQError(f"{out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):  # those of them that are empty
-            for parent in missing:
-                parent.rmdir()
 
 
 def remove_leftovers(out: Path) -> None:

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from tinygptq import memory
-from tinygptq.config import QuantizeConfig, warn_of_long_windows
+from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
 from tinygptq.folders.checkpoint import Checkpoint, load_checkpoint
 from tinygptq.folders.export import QuantizedFolderWriter, require_packable
+from tinygptq.pictures import require_picture
 from tinygptq.quantization.blocks import quantize_blocks
 from tinygptq.quantization.placement import Host, fast_model
 from tinygptq.quantization.report import (
     LinearReport,
     plot,
-    require_plot,
     warn_of_little_text,
     write_log,
 )
@@ -29,6 +29,7 @@ from tinygptq.quantization.write_behind import WriteBehind
 from tinygptq.release.facts import calibration_facts, made_by
 from tinygptq.release.hub import model_name, resolve
 from tinygptq.weights import Weights
+from tinygptq.windows import warn_of_long_windows
 
 log = logging.getLogger("tinygptq")
 
@@ -86,7 +87,7 @@ def quantize(
     if report is not None and method != "gptq":
         raise TinyGPTQError("rounding to nearest measures no errors that a report could show")
     if report is not None:
-        require_plot(report)
+        require_picture(report, "--report")
     config = config or QuantizeConfig()
     if not isinstance(config, QuantizeConfig):
         raise TinyGPTQError(f"config is {type(config).__name__}, expected a QuantizeConfig")

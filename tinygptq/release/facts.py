@@ -77,13 +77,14 @@ def replace_text(path: Path, text: str) -> None:
     place = path.resolve()
     if place.is_dir():
         raise TinyGPTQError(f"{path}: is a folder, expected the name of a file")
-    partial = place if place.exists() and not place.is_file() else place.with_name(f".{place.name}.partial")
+    partial = place.with_name(f".{place.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        if partial != place:
+        if place.exists() and not place.is_file():
+            place.write_text(text, encoding="utf-8")
+        else:
+            partial.write_text(text, encoding="utf-8")
             os.replace(partial, place)
     except OSError as error:
-        if partial != place:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise TinyGPTQError(f"{path}: cannot be written ({error.strerror or error})") from None

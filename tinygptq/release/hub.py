@@ -44,12 +44,12 @@ def resolve(source: str | Path, revision: str | None = None, *, weights: bool = 
             raise TinyGPTQError(f"{source}: is a folder; --revision {revision} can only choose a branch of a repository")
         _refuse_lfs_pointers(folder)
         return folder
+    if folder.exists():
+        raise TinyGPTQError(f"{source}: no such folder, but a file")
     repo, _, branch = str(source).partition(":")
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or "\\" in str(source):
         raise TinyGPTQError(f"{source}: no such folder")
     if not REPOSITORY.fullmatch(repo):
-        if folder.exists():
-            raise TinyGPTQError(f"{source}: is a file, expected a folder or a repository")
         raise TinyGPTQError(f"{source}: no such folder or file (a repository would be OWNER/NAME or OWNER/NAME:BRANCH)")
     if Path(repo).is_dir():
         raise TinyGPTQError(f"{repo}: is a folder; ':{branch}' can only choose a branch of a repository")
