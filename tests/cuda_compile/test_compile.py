@@ -17,7 +17,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 from numba.cuda import types
 
-from tinygptq.kernels.cuda import dequantise, matmul, matvec, plain, warpgroup
+from tinygptq.kernels.cuda import block_sums, dequantise, matmul, matvec, matvec_plan, plain, warpgroup
 from tinygptq.kernels.cuda.launch import assemble
 
 WORDS, HALVES, FLOATS, COUNTS = (types.Array(t, 1, "C") for t in (types.uint32, types.float16, types.float32, types.int32))
@@ -117,12 +117,13 @@ def test_tiles_of_x():
 
 
 MATVECS = (  # capability, bits, group size, zero point or None, row tiles, plan, and what only some kernels have
-    ((8, 0), 8, 128, 128, 1, matvec.Plan(8, sets=1), {}),
-    ((8, 6), 3, 32, None, 1, matvec.Plan(16, sets=1), {"ragged": True}),
-    ((8, 9), 2, 64, 2, 2, matvec.Plan(4, resident=3), {"wide_scales": True}),
-    ((9, 0), 4, 128, 8, 1, matvec.Plan(5, resident=3), {}),
-    ((9, 0), 4, 128, 8, 1, matvec.Plan(2, resident=6), {}),
-    ((9, 0), 4, 128, None, 2, matvec.Plan(16, short=True, slots=2), {}),
+    ((8, 0), 8, 128, 128, 1, matvec_plan.Plan(8, sets=1), {}),
+    ((8, 6), 3, 32, None, 1, matvec_plan.Plan(16, sets=1), {"ragged": True}),
+    ((8, 9), 2, 64, 2, 2, matvec_plan.Plan(4, resident=3), {"wide_scales": True}),
+    ((9, 0), 4, 128, 8, 1, matvec_plan.Plan(5, resident=3), {}),
+    ((9, 0), 4, 128, 8, 1, matvec_plan.Plan(2, resident=6), {}),
+    ((9, 0), 4, 128, None, 2, matvec_plan.Plan(16, short=True, slots=2), {}),
+    ((9, 0), 2, 128, 2, 2, matvec_plan.Plan(8, sets=1, strips=3), {}),
 )
 ADDRESSES = (types.int64,) * 6  # of codes, scales, x and zeros, and two numbers
 
@@ -133,11 +134,12 @@ def test_matvec(capability, bits, group_size, zero, row_tiles, plan, special):
     ptx = to_ptx(kernel, (*ADDRESSES, ROWS, types.Tuple(())), capability)
     # 4 units, 2 steps and 2 column tiles; for up to 8 rows codes as they are, with the sums of x, for 16 as levels
     products, levels = (16 + 8, 0) if row_tiles == 1 else (2 * 16, 64)
-    assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == plan.sets * products
+    chunks = plan.sets * plan.strips  # of weights that there is code to multiply
+    assert count(ptx, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") == chunks * products
     decoded = count(ptx, "sub.rn.f16x2") + count(ptx, "fma.rn.f16x2") - 4 * plan.sets * (row_tiles == 2 and zero is None)
-    assert decoded == plan.sets * levels  # and of zero points that are read, four columns' upper offsets
+    assert decoded == chunks * levels  # and of zero points that are read, four columns' upper offsets
     asked = 2 if plan.short or plan.sets == 1 else 4  # the first words of each set, and where there is a loop the next ones
-    assert count(ptx, STREAM) == asked * bits
+    assert count(ptx, STREAM) == asked * bits * plan.strips
     copies = 2 if plan.short else 2 + plan.sets  # of x: the ring's two chunks, and in a loop what follows each
     assert count(ptx, "cp.async.cg.shared.global.L2::128B") == copies * 4 * row_tiles
     assert not count(ptx, "ld.global.v4.u32")  # x goes past the registers
@@ -156,7 +158,7 @@ def test_an_epilogue_takes_the_place_of_the_store():
     def scale(row, strip, lane, value, y, extra, known):
         y[row, 32 * strip + lane] = value * known[0]
 
-    epilogue = matvec.Epilogue(read, (np.float32(0),), scale)
-    kernel = matvec.matvec_kernel(4, 128, 8, 1, matvec.Plan(8), epilogue=epilogue)
+    epilogue = block_sums.Epilogue(read, (np.float32(0),), scale)
+    kernel = matvec.matvec_kernel(4, 128, 8, 1, matvec_plan.Plan(8), epilogue=epilogue)
     ptx = to_ptx(kernel, (*ADDRESSES, ROWS, types.Tuple((FLOATS,))), (9, 0))
     assert count(ptx, "ld.global.f32")

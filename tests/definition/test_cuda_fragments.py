@@ -91,12 +91,16 @@ def test_what_lanes_copy_of_x_they_find_as_fragments(rows, inner, slots, monkeyp
     activations = pytest.importorskip("tinygptq.kernels.cuda.activations", exc_type=ImportError)
     x = np.random.default_rng(rows).standard_normal((rows, inner)).astype(np.float16)
     words, row_tiles, warps = x.ravel().view(np.uint32), 1 if rows <= 8 else 2, 3
-    shared = np.full(activations.ring_bytes(warps, rows, slots) // 4, 0x7E007E00, np.uint32)  # NaN
+    shared = np.full(activations.ring_bytes(warps, row_tiles, slots) // 4, 0x7E007E00, np.uint32)  # NaN
 
-    def copy_pair(shared, to, array, index, wanted, first, second):
-        for further, inside in ((0, first), (32, second)):
-            if wanted:
-                shared[to + further : to + further + 4] = array[index + further : index + further + 4] if inside else 0
+    def copy_pair(further):
+        def copy(shared, to, array, index, wanted, first, second):
+            for piece, inside in ((0, first), (32, second)):
+                if wanted:
+                    at = to + further // 4 + piece
+                    shared[at : at + 4] = array[index + piece : index + piece + 4] if inside else 0
+
+        return copy
 
     monkeypatch.setattr(activations, "device_function", lambda function: function)
     monkeypatch.setattr(activations, "copy_async_pair_if", copy_pair)
@@ -237,8 +241,8 @@ def test_levels_are_exact(bits, monkeypatch):
     codes[:, 5], codes[:, 6] = (1 << bits) - 1, 0
     words = lane_words(codes, bits)
     for zero, unit, pair, c in itertools.product((0, 1, 1 << bits - 1, 1 << bits), range(4), range(4), range(4)):
-        lower, upper = (np.full(32, offset, np.uint32) for offset in unpack.constant_offsets(bits, zero))
-        found = unpack.emit_level(NumpyBuilder(), bits, unit, words, c, pair, lower, upper).view(np.float16)
+        offsets = [[np.full(32, offset, np.uint32)] * 4 for offset in unpack.constant_offsets(bits, zero)]
+        found = unpack.emit_level(NumpyBuilder(), bits, unit, words, c, pair, offsets).view(np.float16)
         for which in range(2):
             expected = codes[32 * unit + 8 * T + 2 * pair + which, 4 * G + c] - zero
             np.testing.assert_array_equal(found.reshape(32, 2)[:, which], expected)
@@ -271,9 +275,9 @@ def test_the_instructions_of_a_run_give_its_product(bits, units, row_tiles, monk
             ones, zero = products.emit_sums(NumpyBuilder(), span, rows), [z / np.float32(products.UNIT) for z in zero]
             total = products.emit_codes(NumpyBuilder(), bits, span, total, words, scale, zero, rows, ones)
         else:
-            halves = [[[unpack.constant_offsets(bits, int(z))[i] for z in column] for column in zero] for i in range(2)]
-            lower, upper = ([np.array(column, np.uint32) for column in columns] for columns in halves)
-            total = products.emit_levels(NumpyBuilder(), bits, span, total, words, scale, lower, upper, rows)
+            of_lanes = [[unpack.constant_offsets(bits, int(z)) for z in column] for column in zero]
+            offsets = np.ascontiguousarray(np.array(of_lanes, np.uint32).transpose(2, 0, 1))  # [place][column][lane]
+            total = products.emit_levels(NumpyBuilder(), bits, span, total, words, scale, offsets, rows)
         expected += x[:, part].astype(np.float64) @ (scales[run] * (codes[part] - zeros[run].astype(np.float64)))
     for place, found in enumerate(total):
         tile, half, i = np.unravel_index(place, (row_tiles, 2, 4))

@@ -47,7 +47,7 @@ def test_long_and_wide_layers(columns):
 @pytest.mark.parametrize("rows", [3, 16])
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[6]], ids=[LAYER_NAMES[0], LAYER_NAMES[6]])
 def test_every_plan_gives_the_product(layer, rows, monkeypatch):
-    from tinygptq.kernels.cuda import dispatch, matvec
+    from tinygptq.kernels.cuda import dispatch, matvec_plan
     from tinygptq.kernels.cuda.layout import to_device
     from tinygptq.kernels.cuda.runtime import cupy
 
@@ -57,11 +57,12 @@ def test_every_plan_gives_the_product(layer, rows, monkeypatch):
     exact = exact_product(x.get(), packed)
     # 12 chunks, the last one not whole: warps with one, two, two or three, and all of them
     shapes = (12, 1), (8, 1), (5, 3), (2, 6), (1, 6)
-    plans = [matvec.Plan(warps, resident, sets) for warps, resident in shapes for sets in (1, 2)]
-    plans += [matvec.Plan(warps, slots=2) for warps in (8, 5)]
-    plans += [matvec.Plan(warps, short=True, slots=2) for warps in (12, 8, 6)]
+    plans = [matvec_plan.Plan(warps, resident, sets) for warps, resident in shapes for sets in (1, 2)]
+    plans += [matvec_plan.Plan(warps, slots=2) for warps in (8, 5)]
+    plans += [matvec_plan.Plan(warps, short=True, slots=2) for warps in (12, 8, 6)]
+    plans += [matvec_plan.Plan(4, sets=1, strips=strips) for strips in (2, 3)]  # of 8: the last block shares none, or one
     for plan in plans:
-        monkeypatch.setattr(matvec, "plan", lambda *args, plan=plan: plan)
+        monkeypatch.setattr(matvec_plan, "plan", lambda *args, plan=plan: plan)
         out = cupy().full((rows, 256), np.nan, np.float32)
         dispatch.linear(x, device, out, kernel="matvec")
         assert relative_error(out.get(), exact) <= 1e-5, plan
@@ -98,8 +99,10 @@ def test_products_that_begin_early_wait_for_their_input(rows):
             np.testing.assert_array_equal(found, right)
 
 
-def test_an_epilogue_sees_each_sum_once():
-    from tinygptq.kernels.cuda import dispatch, matvec
+@pytest.mark.parametrize(("rows", "columns", "strips"), [(5, 264, 1), (11, 328, 2), (11, 296, 3)])
+def test_an_epilogue_sees_each_sum_once(rows, columns, strips, monkeypatch):
+    """Strips that two blocks compute, because there are too few for the last one, too."""
+    from tinygptq.kernels.cuda import block_sums, dispatch, matvec_plan
     from tinygptq.kernels.cuda.layout import to_device
     from tinygptq.kernels.cuda.runtime import cuda, cupy
     from tinygptq.kernels.cuda.tables import device_function
@@ -117,11 +120,12 @@ def test_an_epilogue_sees_each_sum_once():
             cuda.atomic.add(extra[1], row * y.shape[1] + column, 1)
 
     cp, rng = cupy(), fresh_generator()
-    packed = random_linear(rng, 4, 128, False, False, 640, 264)
-    factors, x = rng.normal(size=264).astype(np.float32), random_rows(rng, 5, 640)
-    y, calls = cp.full((5, 264), np.nan, np.float32), cp.zeros(5 * 264, np.int32)
+    packed = random_linear(rng, 4, 128, False, False, 640, columns)
+    factors, x = rng.normal(size=columns).astype(np.float32), random_rows(rng, rows, 640)
+    y, calls = cp.full((rows, columns), np.nan, np.float32), cp.zeros(rows * columns, np.int32)
+    monkeypatch.setattr(matvec_plan, "plan", lambda *args: matvec_plan.Plan(3, sets=1, strips=strips))
     arguments = cp.asarray(x), to_device(packed), y, cp.cuda.get_current_stream()
-    epilogue = matvec.Epilogue(read, (np.float32(0),), count_and_scale)
+    epilogue = block_sums.Epilogue(read, (np.float32(0),), count_and_scale)
     dispatch.multiply_rows(*arguments, epilogue=epilogue, extra=(cp.asarray(factors), calls))
     assert relative_error(y.get(), exact_product(x, packed) * factors) <= 1e-5
     assert (calls.get() == 1).all()

@@ -14,10 +14,10 @@ from tinygptq.config import LlamaConfig
 from tinygptq.cuda.memory import CHUNK, allocate, prefill_plan, qkv_width
 from tinygptq.cuda.weights import DeviceWeights, Product, multiply
 from tinygptq.kernels.cuda import dense, rows
+from tinygptq.kernels.cuda.block_sums import store
 from tinygptq.kernels.cuda.cache_codec import FILL_TOKENS, FILL_WARPS, expand_kernel, fill_kernel
 from tinygptq.kernels.cuda.dispatch import gather
 from tinygptq.kernels.cuda.layout import cache_width
-from tinygptq.kernels.cuda.matvec import store
 from tinygptq.kernels.cuda.prefill_attention import QUERIES, THREADS, prefill_attention_kernel
 from tinygptq.kernels.cuda.runtime import cupy
 

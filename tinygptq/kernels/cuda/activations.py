@@ -25,9 +25,13 @@ from tinygptq.kernels.cuda.tables import device_function
 ROW_WORDS = CHUNK // 2  # 32-bit words of a row in a chunk
 
 
-def ring_bytes(warps: int, rows: int, slots: int) -> int:
-    """Shared memory of a block for so many rows of x, in bytes."""
-    return 4 * slots * ROW_WORDS * rows * warps
+def ring_bytes(warps: int, row_tiles: int, slots: int) -> int:
+    """Shared memory of a block for 8 or 16 rows of x, in bytes."""
+    return 4 * slots * _slot_words(row_tiles) * warps
+
+
+def _slot_words(row_tiles):
+    return 8 * row_tiles * ROW_WORDS
 
 
 class Place(NamedTuple):
@@ -35,21 +39,16 @@ class Place(NamedTuple):
 
     Attributes:
         to, source: words of its first 16 bytes in shared memory and in x.
-        row, rows, inner: the first row of x that it copies, and x's shape.
-        at, flip: the word of its first unit in the row that it reads, if that is even, and 16 if it is odd, else 0.
-        upper: words from there to the row 8 further.
-        slot: words of a slot.
+        rows_left, inner: rows of x from the first that it copies on, and K.
+        even, odd: the words of unit 0 (and, 32 further, of unit 2) in the row that it reads, and of unit 1 less 16.
     """
 
     to: Any
     source: Any
-    row: Any
-    rows: Any
+    rows_left: Any
     inner: Any
-    at: Any
-    flip: Any
-    upper: Any
-    slot: Any
+    even: Any
+    odd: Any
 
 
 @functools.cache
@@ -60,47 +59,50 @@ def ring(row_tiles: int, slots: int, padded: bool):
         undefined.
 
     A group of copies is closed by each call of ``copy``; whoever takes has to wait for it, and for the other lanes. Rows
-    that x has not got are neither copied nor of use: they are read as the last.
+    that x has not got are neither copied nor of use. Of the first eight they are read as the last, by which fewer banks are
+    busy; of the others what is in their place.
     """
+    slot_words = _slot_words(row_tiles)
+    first, second, third, fourth = (copy_async_pair_if(16 * ROW_WORDS * i) for i in range(4))  # four rows further each
 
     @device_function
     def locate(rows, inner):
         """The lane's :class:`Place`, for x of this shape."""
         lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
         row, piece = np.int32(lane >> 3), np.int32(lane & 7)
-        slot = np.int32(ROW_WORDS * rows)
-        base = np.int32(slots * slot * warp)
+        base = np.int32(slots * slot_words * warp)
         to = np.int32(base + ROW_WORDS * row + 4 * (piece ^ 4 * (row & 1)))
         source = np.int32(row * np.int32(inner >> 1) + 4 * piece)
-        final, g, h = np.int32(rows - 1), np.int32(lane >> 2), np.int32((lane >> 2) + 8)
-        g, h = g if g < final else final, h if h < final else final
+        final, g = np.int32(rows - 1), np.int32(lane >> 2)
+        g = g if g < final else final
         at, flip = np.int32(base + ROW_WORDS * g + 4 * (lane & 3)), np.int32(16 * (g & 1))
-        return Place(to, source, row, rows, inner, at, flip, np.int32(ROW_WORDS * (h - g)), slot)
+        return Place(to, source, np.int32(rows - row), inner, np.int32(at + flip), np.int32(at - flip))
 
     @device_function
     def copy(shared, place, x, chunk, chunks, slot):
         """Start copying one of x's ``chunks`` to a slot; x is an address, or float16 [rows, inner], C-contiguous."""
-        to, source = np.int32(place.to + slot * place.slot), np.int32(place.source + ROW_WORDS * chunk)
+        to, source = np.int32(place.to + slot * slot_words), np.int32(place.source + ROW_WORDS * chunk)
         k = np.int32(CHUNK * chunk + 8 * (cuda.threadIdx.x & 7))
         near, far = not padded or k < place.inner, not padded or k < np.int32(place.inner - 64)
-        for i in range(2 * row_tiles):
-            there = place.row < np.int32(place.rows - 4 * i) and (padded or chunk < chunks)
-            from_row = np.int32(source + 2 * place.inner * i)
-            copy_async_pair_if(shared, to + 4 * ROW_WORDS * i, x, from_row, there, near, far)
+        there, step = padded or chunk < chunks, np.int32(2 * place.inner)  # words of four rows
+        first(shared, to, x, source, there and place.rows_left > 0, near, far)
+        second(shared, to, x, np.int32(source + step), there and place.rows_left > 4, near, far)
+        if row_tiles == 2:
+            third(shared, to, x, np.int32(source + 2 * step), there and place.rows_left > 8, near, far)
+            fourth(shared, to, x, np.int32(source + 3 * step), there and place.rows_left > 12, near, far)
         copy_async_commit()
 
     @device_function
-    def take_rows(shared, at, flip):
-        first, second = load_shared(shared, at + flip), load_shared(shared, at + 16 - flip)
-        return first + second + load_shared(shared, at + 32 + flip) + load_shared(shared, at + 48 - flip)
+    def take_rows(shared, even, odd):
+        first, second = load_shared(shared, even), load_shared(shared, odd + 16)
+        return first + second + load_shared(shared, even + 32) + load_shared(shared, odd + 48)
 
     @device_function
     def take(shared, place, slot):
         """mma's B of the chunk in a slot: 16 uint32 for each 8 rows."""
-        at = np.int32(place.at + slot * place.slot)
+        even, odd = np.int32(place.even + slot * slot_words), np.int32(place.odd + slot * slot_words)
         if row_tiles == 1:
-            return take_rows(shared, at, place.flip)
-        upper = np.int32(at + place.upper)
-        return take_rows(shared, at, place.flip) + take_rows(shared, upper, place.flip)
+            return take_rows(shared, even, odd)
+        return take_rows(shared, even, odd) + take_rows(shared, even + 8 * ROW_WORDS, odd + 8 * ROW_WORDS)
 
     return locate, copy, take

@@ -9,8 +9,8 @@ import functools
 
 import numpy as np
 
+from tinygptq.kernels.cuda.block_sums import PITCH, Epilogue, finisher
 from tinygptq.kernels.cuda.launch import Kernel
-from tinygptq.kernels.cuda.matvec import PITCH, Epilogue, finisher
 from tinygptq.kernels.cuda.ptx import load_16_bytes, mma
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.steps import begin_dependents, wait_for_dependencies
@@ -82,6 +82,6 @@ def dense_kernel(row_tiles: int, epilogue: Epilogue) -> Kernel:
         leave(partial, warp, lane, 0, p, q)
         if row_tiles == 2:
             leave(partial, warp, lane, 1, r, s)
-        finish(partial, np.int32(strip), np.int32(x.shape[0]), y, extra, known)
+        finish(partial, np.int32(0), np.int32(strip), np.int32(0), np.int32(x.shape[0]), y, extra, known)
 
     return Kernel(dense_matvec, (32 * WARPS, 3))

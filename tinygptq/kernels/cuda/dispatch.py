@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from tinygptq.errors import TinyGPTQError
-from tinygptq.kernels.cuda import dequantise, matmul, matvec, plain, warpgroup
-from tinygptq.kernels.cuda.activations import ring_bytes
+from tinygptq.kernels.cuda import block_sums, dequantise, matmul, matvec, matvec_plan, plain, warpgroup
 from tinygptq.kernels.cuda.cublas import Part, cublas
 from tinygptq.kernels.cuda.layout import COLUMNS, ROWS, DeviceLinear
 from tinygptq.kernels.cuda.runtime import capability, cupy, multiprocessors, shared_memory
@@ -133,7 +132,7 @@ def multiply_rows(
     y: Any,
     stream: Any,
     *,
-    epilogue: Any = matvec.store,
+    epilogue: Any = block_sums.store,
     extra: tuple = (),
     dependent: bool = False,
 ) -> None:
@@ -148,13 +147,13 @@ def multiply_rows(
     """
     row_tiles, strips = 1 if x.shape[0] <= 8 else 2, layer.strips
     sizes = strips, x.shape[1], row_tiles, layer.bits, layer.group_size
-    plan = matvec.plan(*sizes, multiprocessors(), shared_memory())
+    plan = matvec_plan.plan(*sizes, multiprocessors(), shared_memory())
     special = {"ragged": x.shape[1] % ROWS != 0, "wide_scales": layer.scales.dtype.itemsize == 4, "epilogue": epilogue}
     kernel = matvec.matvec_kernel(layer.bits, layer.group_size, layer.zero, row_tiles, plan, **special)
     codes, scales, zeros = _addresses(layer)
     arguments = codes, scales, x.shape[1], strips, x.data.ptr, zeros, y, extra
-    at_launch = {"dependent": dependent, "shared_bytes": ring_bytes(plan.warps, x.shape[0], plan.slots)}
-    kernel(strips, 32 * plan.warps, stream, *arguments, **at_launch)
+    at_launch = {"dependent": dependent, "shared_bytes": plan.dynamic_bytes(row_tiles)}
+    kernel(-(-strips // plan.strips), 32 * plan.warps, stream, *arguments, **at_launch)
 
 
 def _run_matmul(x: Any, layer: DeviceLinear, out: Any, stream: Any) -> None:

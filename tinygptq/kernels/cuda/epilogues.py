@@ -9,15 +9,15 @@ multiplies its own sums by 1 / rms, which it can since a linear is linear::
 
 r_before keeps x within fp16's range, whatever the size of h; it divides out again. The definition is ops.rms_norm.
 
-Each is an :class:`~.matvec.Epilogue`. What it reads, it reads before the weights are multiplied, and squares as they are:
-adding them up is left for the end, since a warp would have to wait for them.
+Each is an :class:`~.block_sums.Epilogue`. What it reads, it reads before the weights are multiplied, and squares as they
+are: adding them up is left for the end, since a warp would have to wait for them.
 """
 
 import functools
 
 import numpy as np
 
-from tinygptq.kernels.cuda.matvec import Epilogue
+from tinygptq.kernels.cuda.block_sums import Epilogue
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.tables import device_function
 from tinygptq.kernels.cuda.warps import ALL, warp_sum

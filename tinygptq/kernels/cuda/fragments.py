@@ -35,8 +35,7 @@ def weight_fragments(bits, zero, unit, wide_scales):
 
     @device_function
     def fragments(words, scale, offset):
-        low, up = decode_zeros(offset)
-        v, s = unpack(words, low, up), decode_scales(scale)
+        v, s = unpack(words, decode_zeros(offset)), decode_scales(scale)
         return (
             scaled(v[0], v[4], v[1], v[5], s[0], s[1]),
             scaled(v[2], v[6], v[3], v[7], s[0], s[1]),

@@ -1,10 +1,11 @@
 """1 to 16 rows of x: one decoded token, or a small batch, at the speed at which the weights can be read (8.0 and up).
 
-A block computes a strip of 32 columns; its warps share out the chunks (128 k) of K and add up their sums at the end, in
-shared memory and always in the same order. A lane gets the words of its codes with ``bits`` loads of 16 bytes
-(:mod:`.layout`) and its part of x from a ring of the warp's own (:mod:`.activations`). As in :mod:`.matmul` the product is
-computed transposed: W is A, so that 1 to 8 rows of x cost the same, and 9 to 16 one mma more for each. :mod:`.products`
-says how codes are multiplied.
+A block computes a strip of 32 columns; its warps share out the chunks (128 k) of K and add up their sums at the end
+(:mod:`.block_sums`). A lane gets the words of its codes with ``bits`` loads of 16 bytes (:mod:`.layout`) and its part of x
+from a ring of the warp's own (:mod:`.activations`). As in :mod:`.matmul` the product is computed transposed: W is A, so that
+1 to 8 rows of x cost the same, and 9 to 16 one mma more for each. :mod:`.products` says how codes are multiplied. Where
+arithmetic and x take longer than the weights (2 bits and 16 rows) a block has several strips, and each warp multiplies what
+it has of x by the weights of all.
 
 What limits it is how soon the first bytes are on their way, and how many at once:
 
@@ -20,125 +21,33 @@ What limits it is how soon the first bytes are on their way, and how many at onc
 """
 
 import functools
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tinygptq.kernels.cuda.activations import ring, ring_bytes
+from tinygptq.kernels.cuda.block_sums import PITCH, Epilogue, finisher, leave_sums, store
 from tinygptq.kernels.cuda.launch import Kernel
 from tinygptq.kernels.cuda.layout import COLUMNS as STRIP
 from tinygptq.kernels.cuda.layout import ROWS as CHUNK
-from tinygptq.kernels.cuda.products import UNIT, leave_sums, run_of_codes, run_of_levels, sum_of_rows
+from tinygptq.kernels.cuda.layout import groups_together
+from tinygptq.kernels.cuda.matvec_plan import Plan
+from tinygptq.kernels.cuda.products import UNIT, run_of_codes, run_of_levels, sum_of_rows
 from tinygptq.kernels.cuda.ptx import copy_async_wait
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.steps import begin_dependents, wait_for_dependencies
 from tinygptq.kernels.cuda.streams import load_stream_pieces_if
 from tinygptq.kernels.cuda.tables import device_function, scale_floats, table_decoder, table_reader, zero_floats
 
-PITCH = STRIP + 4  # floats between rows of the sums in shared memory: lanes of a warp fall on different banks
-MOST_WARPS = 16  # of a block
-RESERVED = 1 << 10  # bytes of shared memory that the system takes for each block
-
-
-class Epilogue(NamedTuple):
-    """What is done with the sums of one row and strip, by a whole warp: lane i has column ``32 * strip + i``, beyond N too.
-
-    Attributes:
-        read: device function ``(row, strip, lane, y, extra)`` -> what the end needs to know, a tuple of numbers; called
-            before the weights are multiplied, so that nobody waits for it then.
-        nothing: a tuple of the same types.
-        finish: device function ``(row, strip, lane, value, y, extra, known)``.
-    y and the tuple extra are arrays that the kernel was given for it.
-    """
-
-    read: Any
-    nothing: tuple
-    finish: Any
-
-
-@device_function
-def _read_nothing(row, strip, lane, y, extra):
-    return (np.float32(0),)
-
-
-@device_function
-def _store(row, strip, lane, value, y, extra, known):
-    column = np.int32(STRIP * strip + lane)
-    if column < y.shape[1]:
-        y[np.uint32(row), np.uint32(column)] = value
-
-
-store = Epilogue(_read_nothing, (np.float32(0),), _store)
-"""The plain one: ``y[row, 32 * strip + lane] = value``."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a product is divided.
-
-    Attributes:
-        warps: of a block; each has one chunk at least.
-        resident: blocks that must fit on a multiprocessor at once, which bounds the registers.
-        sets: of registers for weights. Two that take turns have two chunks under way; one is half the code.
-        short: no warp has more than two chunks, and there is no code for more, which is less to fetch before it can run.
-        slots: chunks in a warp's ring of x. In one of three there is a free slot, which can be filled at once; in one of two
-            all lanes must have read theirs before.
-    """
-
-    warps: int
-    resident: int = 1
-    sets: int = 2
-    short: bool = False
-    slots: int = 3
-
-    def shared_bytes(self, row_tiles: int) -> int:
-        """What a block takes of a multiprocessor's shared memory."""
-        return 4 * self.warps * 8 * row_tiles * PITCH + ring_bytes(self.warps, 8 * row_tiles, self.slots) + RESERVED
-
-
-@functools.lru_cache(maxsize=4096)
-def plan(strips: int, inner: int, row_tiles: int, bits: int, group_size: int, multiprocessors: int, shared: int) -> Plan:
-    """How to divide a product of so many strips by ``inner`` rows of W, by what was fastest on an H100.
-
-    ``row_tiles``, ``bits`` and ``group_size`` as for :func:`matvec_kernel`; ``shared``: bytes of a multiprocessor's memory.
-    """
-    each, chunks = -(-strips // multiprocessors), -(-inner // CHUNK)  # blocks of a multiprocessor; chunks of a strip
-    sets = 1 if group_size % (CHUNK // 2) else 2
-    if each == 1:
-        if chunks <= 2 * MOST_WARPS and (row_tiles, sets) != (2, 1):
-            found = Plan(MOST_WARPS, short=True, slots=2)
-        elif row_tiles == 2:
-            found = Plan(12, sets=1) if bits < 4 else Plan(8, sets=sets)
-        else:
-            found = Plan(8 if bits == 8 else MOST_WARPS, sets=sets)
-    else:
-        if bits == 8 or (row_tiles == 2 and (group_size % CHUNK or each <= 3)):  # much code for a chunk
-            sets = 1
-        if each <= 3:
-            found = Plan(5 if (bits, row_tiles, sets) == (4, 1, 2) else 4, 3, sets)
-        else:
-            found = Plan(4, 3, sets) if bits == 8 else Plan(2, 6, sets)
-    return _fitting(replace(found, warps=min(found.warps, chunks)), chunks, row_tiles, shared)
-
-
-def _fitting(plan: Plan, chunks: int, row_tiles: int, shared: int) -> Plan:
-    """The same with fewer slots, and then with fewer warps, where a multiprocessor has less memory than it would take."""
-    if plan.resident * plan.shared_bytes(row_tiles) > shared:
-        plan = replace(plan, slots=2)
-    while plan.shared_bytes(row_tiles) > shared:
-        plan = replace(plan, warps=plan.warps - 1)
-    return replace(plan, short=plan.short and chunks <= 2 * plan.warps)
-
 
 class Source(NamedTuple):
-    """Where a lane finds its strip's weights: three addresses, and what there is of int32.
+    """Where a lane finds the weights of the block's first strip: three addresses, and what there is of int32.
 
     Attributes:
         codes, scales, zeros: as the kernel's.
         codes_at, pitch: its first word of chunk 0, and how far the next chunk's is.
         table: where its scales and zeros are: see :func:`~.tables.table_reader`.
-        last: the strip's last chunk.
+        last: a strip's last chunk.
     """
 
     codes: Any
@@ -173,30 +82,32 @@ def matvec_kernel(
         epilogue: gets the float32 sums, once for each row and strip.
 
     Of codes, scales and zeros (those of a DeviceLinear) and of x, float16 [M, K] with columns in the order of the sorted
-    rows, the kernel has the addresses; ``inner`` is K; ``strips`` is the grid's size (4096x4096 took 3 % longer when the
-    kernel asked for that itself); y [M, N] and the tuple extra are as the epilogue wants them.
-    Grid (strips), block ``32 * warps``, :func:`~.activations.ring_bytes` of dynamic shared memory.
+    rows, the kernel has the addresses; ``inner`` is K; ``strips`` are W's (4096x4096 took 3 % longer when the kernel asked
+    for the grid's size itself); y [M, N] and the tuple extra are as the epilogue wants them.
+    Grid (ceil(strips / plan.strips)), block ``32 * warps``, ``plan.dynamic_bytes`` of dynamic shared memory.
     """
-    warps, tile_rows, chunk_words = plan.warps, 8 * row_tiles, bits * CHUNK
-    partial_size = warps * tile_rows * PITCH
-    locate_tables, fetch = _weights_reader(bits, group_size, zero, wide_scales)
+    warps, several, short, tile_rows, chunk_words = plan.warps, plan.strips, plan.short, 8 * row_tiles, bits * CHUNK
+    sums_at, strip_sums = ring_bytes(warps, row_tiles, plan.slots) // 4, warps * tile_rows * PITCH  # in floats
+    locate_tables, fetch = _weights_reader(bits, group_size, zero, wide_scales, several)
     locate, copy_chunk, take = ring(row_tiles, plan.slots, ragged or plan.short)
 
     @device_function
     def copy(shared, place, source, x, chunk, slot):
         copy_chunk(shared, place, x, chunk, np.int32(source.last + 1), slot)
 
-    multiply_chunks = _run(
-        plan, fetch, copy, take, _chunk_product(bits, group_size, zero, row_tiles, wide_scales), tile_rows
-    )
-    leave = leave_sums(row_tiles, PITCH)
-    finish = finisher(tile_rows, warps, UNIT if row_tiles == 1 else 1, epilogue)
+    multiply = _strips_product(_chunk_product(bits, group_size, zero, row_tiles, wide_scales), several)
+    multiply_chunks = _run(plan, fetch, copy, take, multiply, tile_rows)
+    leave, finish = leave_sums(row_tiles), finisher(tile_rows, warps, UNIT if row_tiles == 1 else 1, epilogue, several)
     read, nothing = epilogue.read, epilogue.nothing
 
     def matvec(codes, scales, inner, strips, x, zeros, y, extra):
-        partial = cuda.shared.array(partial_size, np.float32, alignment=16)
-        shared = cuda.shared.array(0, np.uint32)
+        shared, partial = cuda.shared.array(0, np.uint32), cuda.shared.array(0, np.float32)  # one memory, by two types
         lane, warp, strip = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5), np.int32(cuda.blockIdx.x)
+        skipped = np.int32(0)  # strips that are another block's too, and finished there
+        if several > 1:
+            strip = np.int32(several * strip)
+            skipped = max(np.int32(strip + several - np.int32(strips)), skipped)
+            strip = np.int32(strip - skipped)
         inner, strips, rows = np.int32(inner), np.int32(strips), np.int32(y.shape[0])
         chunks = np.int32(inner + CHUNK - 1 >> 7)
         codes_at, pitch = np.int32(strip * chunk_words + 4 * lane), np.int32(strips * chunk_words)
@@ -208,18 +119,26 @@ def matvec_kernel(
         place = locate(rows, inner)
         wait_for_dependencies()
         known = read(warp, strip, lane, y, extra) if warp < rows else nothing  # for the row that this warp will finish first
+        second = np.int32(warp + warps)
         copy(shared, place, source, x, warp, 0)
-        copy(shared, place, source, x, np.int32(warp + warps), 1)
+        if short:  # all of it is asked for at once, in the order in which it will be needed
+            weights = weights, fetch(source, second if second < chunks else warp, True)
+        copy(shared, place, source, x, second, 1)
         total = multiply_chunks(source, weights, shared, place, x, warp, chunks)
-        leave(partial, (warp * tile_rows + 2 * (lane & 3)) * PITCH + 4 * (lane >> 2), total)
-        finish(partial, strip, rows, y, extra, known)
+        at = sums_at + (warp * tile_rows + 2 * (lane & 3)) * PITCH + 4 * (lane >> 2)
+        for i in range(several):
+            leave(partial, at + i * strip_sums, total[i])
+        finish(partial, sums_at, strip, skipped, rows, y, extra, known)
 
     return Kernel(matvec, (32 * warps, plan.resident))
 
 
 def _run(plan, fetch, copy, take, multiply_chunk, tile_rows):
-    """Device function: a warp's sums over its chunks, the first chunk's weights ``a`` and two of x being under way."""
-    warps, slots, no_sums = plan.warps, plan.slots, (np.float32(0),) * tile_rows
+    """Device function: a warp's sums over its chunks, the first chunk's weights ``a`` and two of x being under way.
+
+    In a short plan the second chunk's weights are, too.
+    """
+    warps, slots, no_sums = plan.warps, plan.slots, ((np.float32(0),) * tile_rows,) * plan.strips
 
     @device_function
     def multiply(total, weights, shared, place, source, x, slot, ahead):
@@ -239,15 +158,14 @@ def _run(plan, fetch, copy, take, multiply_chunk, tile_rows):
         return np.int32(slot + 1 if slot < slots - 1 else 0)
 
     @device_function
-    def short(source, a, shared, place, x, warp, chunks):
-        second = np.int32(warp + warps)
-        b = fetch(source, second if second < chunks else warp, True)
+    def short(source, weights, shared, place, x, warp, chunks):
+        first, second = weights
         copy_async_wait(1)
         cuda.syncwarp()
-        total = multiply_chunk(no_sums, a, take(shared, place, 0))
+        total = multiply_chunk(no_sums, first, take(shared, place, 0))
         copy_async_wait(0)
         cuda.syncwarp()
-        return multiply_chunk(total, b, take(shared, place, 1))  # by 0 where there is no second chunk: no branch
+        return multiply_chunk(total, second, take(shared, place, 1))  # by 0 where there is no second chunk: no branch
 
     @device_function
     def one_set(source, a, shared, place, x, warp, chunks):
@@ -275,51 +193,52 @@ def _run(plan, fetch, copy, take, multiply_chunk, tile_rows):
     return short if plan.short else one_set if plan.sets == 1 else two_sets
 
 
-def finisher(tile_rows, warps, unit, epilogue):
-    """Device function: add up what the warps left, in so large units, and hand it to the epilogue.
-
-    ``partial`` is float32 [warps, tile_rows, PITCH], ``known`` what the epilogue has read for this warp's first row.
-    """
-    read, end, unit = epilogue.read, epilogue.finish, np.float32(unit)
-
-    @device_function
-    def finish(partial, strip, rows, y, extra, known):
-        lane, row = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
-        step, first = np.int32(cuda.blockDim.x >> 5), row  # not the constant, for which the loop would be written out
-        cuda.syncthreads()
-        while row < rows:
-            if row != first:
-                known = read(row, strip, lane, y, extra)
-            even, odd = np.float32(0), np.float32(0)  # two chains, which do not wait for each other
-            for w in range(warps):
-                value = partial[np.uint32((w * tile_rows + row) * PITCH + lane)]
-                if w % 2:
-                    odd += value
-                else:
-                    even += value
-            end(row, strip, lane, (even + odd) * unit, y, extra, known)
-            row = np.int32(row + step)
-
-    return finish
-
-
-def _weights_reader(bits, group_size, zero, wide_scales):
+def _weights_reader(bits, group_size, zero, wide_scales, strips):
     """Device functions: where a lane's scales and zero points are, and what it needs of the weights of one chunk, as it is
-    in memory: words, scales and zero points.
+    in memory: words, scales and zero points, for each strip.
 
     Where they are not ``wanted`` it reads no words, and the last chunk's scales.
     """
     load_codes = load_stream_pieces_if(bits)
     locate, fetch_tables = table_reader(bits, group_size, zero is None, wide_scales)
+    chunk_words, table_size = bits * CHUNK, STRIP * groups_together(group_size)  # of a strip
+
+    def reader(strip):
+        """Device function for strips 0 .. strip of the block."""
+        before = reader(strip - 1) if strip else None
+        words_further, table_further = chunk_words * strip, table_size * strip
+
+        @device_function
+        def one(source, chunk, wanted):
+            at = np.int32(source.codes_at + chunk * source.pitch + words_further)
+            words = load_codes(source.codes, at, wanted)
+            of_chunk = chunk if wanted else source.last
+            table = np.int32(source.table[0] + table_further), source.table[1]
+            scale, offset = fetch_tables(source.scales, source.zeros, table, of_chunk)
+            return words, scale, offset
+
+        @device_function
+        def fetch(source, chunk, wanted):
+            if strip:
+                return before(source, chunk, wanted) + (one(source, chunk, wanted),)  # noqa: RUF005 (Numba has no *)
+            return (one(source, chunk, wanted),)
+
+        return fetch
+
+    return locate, reader(strips - 1)
+
+
+def _strips_product(multiply_chunk, strips):
+    """Device function: the same for each of the block's strips, tuples of sums and of weights."""
+    before, last = _strips_product(multiply_chunk, strips - 1) if strips > 1 else None, strips - 1
 
     @device_function
-    def fetch(source, chunk, wanted):
-        words = load_codes(source.codes, np.int32(source.codes_at + chunk * source.pitch), wanted)
-        of_chunk = chunk if wanted else source.last
-        scale, offset = fetch_tables(source.scales, source.zeros, source.table, of_chunk)
-        return words, scale, offset
+    def multiply(total, weights, x):
+        if last:
+            return before(total, weights, x) + (multiply_chunk(total[last], weights[last], x),)  # noqa: RUF005
+        return (multiply_chunk(total[0], weights[0], x),)
 
-    return locate, fetch
+    return multiply
 
 
 def _chunk_product(bits, group_size, zero, row_tiles, wide_scales):
@@ -362,7 +281,6 @@ def _run_by_levels(bits, zero, first, units, wide_scales):
 
     @device_function
     def run(total, words, scale, offset, x):
-        lower, upper = offsets(offset)
-        return product(total, words, scales(scale), lower, upper, x)
+        return product(total, words, scales(scale), offsets(offset), x)
 
     return run

@@ -28,17 +28,13 @@ from tinygptq.kernels.cuda.ptx import (
     F32,
     F32X4,
     I32,
-    SHARED,
-    U32X4,
-    _address,
-    _assembly,
     _pack,
     _unpack,
     intrinsic,
     mma_assembly,
     types,
 )
-from tinygptq.kernels.cuda.unpack import emit_level
+from tinygptq.kernels.cuda.unpack import emit_level, offsets_type, unpack_offsets
 
 UNIT = 2.0**24  # what sums have to be multiplied by at the end
 ONE = 0x3C003C00  # 1 in both halves
@@ -97,48 +93,25 @@ def sum_of_rows(first: int, units: int):
 
 @functools.cache
 def run_of_levels(bits: int, first: int, units: int):
-    """The device function ``(total, words, scale, lower, upper, x)`` -> ``total``: the same for 16 rows of x.
+    """The device function ``(total, words, scale, offsets, x)`` -> ``total``: the same for 16 rows of x.
 
     Args of the device function:
         total, x: those of the first 8 rows, and then those of the others; total is not in units of 2^-24.
         words, scale: as for :func:`run_of_codes`.
-        lower, upper: as for :func:`~.unpack.levels`.
+        offsets: as for :func:`~.unpack.levels`.
     """
 
     def generate(context, builder, signature, args):
-        operands = (_unpack(builder, values) for values in args)
-        return _pack(builder, emit_levels(builder, bits, range(first, first + units), *operands))
+        total, words, scale, x = (_unpack(builder, args[i]) for i in (0, 1, 2, 4))
+        span, offsets = range(first, first + units), unpack_offsets(builder, args[3])
+        return _pack(builder, emit_levels(builder, bits, span, total, words, scale, offsets, x))
 
     @intrinsic
-    def product(typingctx, total, words, scale, lower, upper, x):
+    def product(typingctx, total, words, scale, offsets, x):
         sums, (codes, rows) = types.UniTuple(types.float32, 16), (types.UniTuple(types.uint32, n) for n in (4 * bits, 32))
-        return sums(sums, codes, F32X4, U32X4, U32X4, rows), generate
+        return sums(sums, codes, F32X4, offsets_type(bits), rows), generate
 
     return product
-
-
-@functools.cache
-def leave_sums(row_tiles: int, pitch: int):
-    """The device function ``(shared, index, total)`` that writes a lane's sums to shared memory, four columns at a time.
-
-    ``shared`` is float32 [rows of x, pitch] from ``index`` on, which is row 2t, column 4g for lane 4g + t. With ``pitch`` 4
-    more than a multiple of 32, the lanes' 16 bytes fall on different banks.
-    """
-
-    def generate(context, builder, signature, args):
-        shared, index, total = args
-        address, total = _address(context, builder, signature.args[0], shared, index, SHARED), _unpack(builder, total)
-        for tile, row in itertools.product(range(row_tiles), range(2)):
-            text = f"st.shared.v4.f32 [$0 + {4 * (8 * tile + row) * pitch}], {{$1, $2, $3, $4}};"
-            columns = total[8 * tile + row : 8 * (tile + 1) : 2]
-            _assembly(builder, ir.VoidType(), text, "r,f,f,f,f", [address, *columns], True)
-        return context.get_dummy_value()
-
-    @intrinsic
-    def leave(typingctx, shared, index, total):
-        return types.void(shared, types.int64, types.UniTuple(types.float32, 8 * row_tiles)), generate
-
-    return leave
 
 
 def emit_sums(builder, units, x):
@@ -167,12 +140,12 @@ def emit_codes(builder, bits, units, total, words, scale, zero, x, ones):
     return total
 
 
-def emit_levels(builder, bits, units, total, words, scale, lower, upper, x):
+def emit_levels(builder, bits, units, total, words, scale, offsets, x):
     """The instructions of :func:`run_of_levels`: lists of registers in, the new ``total`` out."""
     sums = dict.fromkeys(itertools.product(range(2), range(2)), NO_SUM)  # C's registers, by (row tile, column tile)
     for unit, step, half in itertools.product(units, range(2), range(2)):
         pairs = 2 * step, 2 * step + 1
-        a = _fragment(*([emit_level(builder, bits, unit, words, c, pair, lower[c], upper[c]) for pair in pairs]
+        a = _fragment(*([emit_level(builder, bits, unit, words, c, pair, offsets) for pair in pairs]
                         for c in (2 * half, 2 * half + 1)))  # fmt: skip
         for tile in range(2):
             sums[tile, half] = mma_assembly(builder, a, _part_of(x, tile, unit, step), sums[tile, half])

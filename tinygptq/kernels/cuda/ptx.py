@@ -276,27 +276,33 @@ def copy_async_or_zero(typingctx, shared, shared_index, array, index, wanted):
     return types.void(shared, types.int64, array, types.int64, types.boolean), generate
 
 
-@intrinsic
-def copy_async_pair_if(typingctx, shared, shared_index, array, index, wanted, first, second):
-    """:func:`copy_async_or_zero` of two pieces of 16 bytes, 128 bytes apart here and there; nothing where not ``wanted``.
+@functools.cache
+def copy_async_pair_if(further: int):
+    """The function ``(shared, shared_index, array, index, wanted, first, second)``: :func:`copy_async_or_zero` of two pieces
+    of 16 bytes, 128 bytes apart here and there; nothing where not ``wanted``.
 
-    What is not to be read, ``first`` or ``second``, becomes 0. Lines are fetched whole into the L2; from sm_80.
+    They come ``further`` bytes from where the index says. What is not to be read, ``first`` or ``second``, becomes 0. Lines
+    are fetched whole into the L2; from sm_80.
     """
     copy = "@wanted cp.async.cg.shared.global.L2::128B"
     text = (
         "{.reg .pred wanted; setp.ne.u32 wanted, $2, 0;"
-        f" {copy} [$0], [$1], 16, $3; {copy} [$0 + 128], [$1 + 128], 16, $4;}}"
+        f" {copy} [$0 + {further}], [$1], 16, $3; {copy} [$0 + {further + 128}], [$1 + 128], 16, $4;}}"
     )
 
-    def generate(context, builder, signature, args):
-        to = _address(context, builder, signature.args[0], *args[:2], SHARED)
-        source = _address(context, builder, signature.args[2], *args[2:4], GLOBAL)
-        flag = builder.select(args[4], I32(1), I32(0))
-        sizes = [builder.select(inside, I32(16), I32(0)) for inside in args[5:]]
-        return _assembly(builder, ir.VoidType(), text, "r,l,r,r,r", [to, source, flag, *sizes], True)
+    @intrinsic
+    def copy_pair(typingctx, shared, shared_index, array, index, wanted, first, second):
+        def generate(context, builder, signature, args):
+            to = _address(context, builder, signature.args[0], *args[:2], SHARED)
+            source = _address(context, builder, signature.args[2], *args[2:4], GLOBAL)
+            flag = builder.select(args[4], I32(1), I32(0))
+            sizes = [builder.select(inside, I32(16), I32(0)) for inside in args[5:]]
+            return _assembly(builder, ir.VoidType(), text, "r,l,r,r,r", [to, source, flag, *sizes], True)
 
-    flags = (types.boolean,) * 3
-    return types.void(shared, types.int64, array, types.int64, *flags), generate
+        flags = (types.boolean,) * 3
+        return types.void(shared, types.int64, array, types.int64, *flags), generate
+
+    return copy_pair
 
 
 @intrinsic

@@ -15,7 +15,7 @@ from tinygptq.kernels.cuda.ptx import (
     sub_half2,
 )
 from tinygptq.kernels.cuda.runtime import cuda
-from tinygptq.kernels.cuda.unpack import constant_offsets, half2, upper_place
+from tinygptq.kernels.cuda.unpack import base, constant_offsets, half2, places
 
 
 def device_function(function):
@@ -64,10 +64,14 @@ def table_reader(bits, group_size, read_zeros, wide_scales):
 
 
 def table_decoder(bits, zero, wide_scales):
-    """Device functions that make four half2 each: of scales, and of the two offsets ``unpack.levels`` takes."""
-    lower, upper = ((np.uint32(value),) * 4 for value in constant_offsets(bits, zero or 0))
-    from_lower = np.uint32(half2(1024 - upper_place(bits)))
-    under_1024 = np.uint32(0x64006400)
+    """Device functions that make four half2 of scales, and of zero points the offsets that ``unpack.levels`` takes."""
+    constants = tuple((np.uint32(value),) * 4 for value in constant_offsets(bits, zero or 0))
+    first, second, third = (np.uint32(half2(1024 - base(bits, place))) for place in (1, 2, 3))
+    under_1024, of_window = np.uint32(0x64006400), places(bits)
+
+    @device_function
+    def less(number, low):
+        return (sub_half2(number, low[0]), sub_half2(number, low[1]), sub_half2(number, low[2]), sub_half2(number, low[3]))
 
     @device_function
     def decode_scales(s):
@@ -80,18 +84,20 @@ def table_decoder(bits, zero, wide_scales):
     @device_function
     def decode_zeros(z):
         if zero is not None:
-            return lower, upper
+            return constants
         if bits == 8:  # 16 bits each, up to 256
             low = (and_or(pick_bytes(z[0], 0, 0x1010), 0x01FF01FF, under_1024),
                    and_or(pick_bytes(z[0], 0, 0x3232), 0x01FF01FF, under_1024),
                    and_or(pick_bytes(z[1], 0, 0x1010), 0x01FF01FF, under_1024),
                    and_or(pick_bytes(z[1], 0, 0x3232), 0x01FF01FF, under_1024))  # fmt: skip
-            return low, low
+            return (low,)
         low = (pick_bytes(z[0], 0x64, 0x4040), pick_bytes(z[0], 0x64, 0x4141),
                pick_bytes(z[0], 0x64, 0x4242), pick_bytes(z[0], 0x64, 0x4343))  # fmt: skip
-        up = (sub_half2(from_lower, low[0]), sub_half2(from_lower, low[1]),
-              sub_half2(from_lower, low[2]), sub_half2(from_lower, low[3]))  # fmt: skip
-        return low, up
+        if of_window == 2:
+            return low, less(first, low)
+        if of_window == 3:
+            return low, less(first, low), less(second, low)
+        return low, less(first, low), less(second, low), less(third, low)
 
     return decode_scales, decode_zeros
 

@@ -2,8 +2,8 @@
 
 An fp16 number between 1024 and 2048 has the bits ``0x6400 | m`` for 1024 + m: m is its mantissa, 10 bits. So ``and`` a pair
 of codes out of a word, ``or`` 0x6400 into both halves (one ``lop3``), and a half2 of 1024 + code is there; subtracting
-1024 + zero leaves ``code - zero``, exactly. A pair that stands ``bits`` higher in the word gives 1024 + code * 2^bits, and
-one fma by 2^-bits makes ``code - zero`` of it as well, so that only every second place needs a shift.
+1024 + zero leaves ``code - zero``, exactly. A pair that stands ``o`` bits higher in the word gives 1024 + code * 2^o, and
+one fma by 2^-o makes ``code - zero`` of it as well. So a *window* of several pairs needs but one shift, or none.
 """
 
 import itertools
@@ -23,50 +23,66 @@ def half2(value: float) -> int:
     return int(np.float16(value).view(np.uint16)) * HALF_ONES
 
 
-def upper_place(bits: int) -> float:
-    """What 1024 becomes in an upper place: 1024 / 2^bits. Zero for 8 bits, where each code gets a shift of its own."""
-    return 1024 / 2**bits if bits < 8 else 0
+def places(bits: int) -> int:
+    """Pairs of a window: 4, 3 and 2 of 2, 3 and 4 bits. One of 8 bits, where each gets a shift of its own."""
+    return {2: 4, 3: 3, 4: 2, 8: 1}[bits]
 
 
-def constant_offsets(bits: int, zero: int) -> tuple[int, int]:
-    """(lower, upper) half2 constants that turn a masked pair into ``code - zero``: lower is subtracted, upper is added."""
-    return half2(1024 + zero), half2(-(upper_place(bits) + zero))
+def base(bits: int, place: int) -> float:
+    """What 1024 becomes when the code at a place of the window is brought down to the lowest."""
+    return 1024 / 2 ** (bits * place)
+
+
+def constant_offsets(bits: int, zero: int) -> tuple[int, ...]:
+    """The half2 that turns a masked pair into ``code - zero``, for each place of the window: the first is subtracted, the
+    others are added."""
+    return half2(1024 + zero), *(half2(-(base(bits, place) + zero)) for place in range(1, places(bits)))
 
 
 def levels(bits: int, unit: int):
-    """The device function ``(words, lower, upper)`` -> 16 half2 of ``code - zero``: pair i of column c at place 4c + i.
+    """The device function ``(words, offsets)`` -> 16 half2 of ``code - zero``: pair i of column c at place 4c + i.
 
     Args of the device function:
         words: the ``4 * bits`` words of a lane's chunk; word w of column c is words[4w + c].
-        lower, upper: four half2 each, one for each column, as :func:`constant_offsets` makes them.
+        offsets: four half2, one for each column, for each place of the window, as :func:`constant_offsets` makes them.
     """
 
     def generate(context, builder, signature, args):
-        words, lower, upper = (_unpack(builder, values) for values in args)
+        words, offsets = _unpack(builder, args[0]), unpack_offsets(builder, args[1])
         pairs = itertools.product(range(4), range(4))
-        return _pack(builder, [emit_level(builder, bits, unit, words, c, i, lower[c], upper[c]) for c, i in pairs])
+        return _pack(builder, [emit_level(builder, bits, unit, words, c, i, offsets) for c, i in pairs])
 
     @intrinsic
-    def unit_levels(typingctx, words, lower, upper):
-        return U32X16(words, U32X4, U32X4), generate
+    def unit_levels(typingctx, words, offsets):
+        return U32X16(words, offsets_type(bits)), generate
 
     return unit_levels
 
 
-def emit_level(builder, bits, unit, words, column, pair, lower, upper):
-    """The instructions of one half2 of :func:`levels`: lists of registers, and the column's lower and upper, in."""
-    place = place_of(bits, unit, pair)
-    if place is None:
-        return _subtract(builder, _spread_pair(builder, words, column), lower)
-    word, shift = words[4 * place[0] + column], place[1]
-    in_upper = bits < 8 and shift // bits % 2 == 1
-    if shift := shift - bits * in_upper:
-        word = builder.lshr(word, I32(shift))
-    mask = ((1 << bits) - 1) * HALF_ONES
-    number = _and_or(builder, word, I32(mask << bits if in_upper else mask), I32(MAGIC))
-    if in_upper:
-        return _call(builder, "fma.rn.f16x2 $0, $1, $2, $3;", number, I32(half2(2.0**-bits)), upper)
-    return _subtract(builder, number, lower)
+def offsets_type(bits: int) -> types.UniTuple:
+    """What :func:`levels` takes."""
+    return types.UniTuple(U32X4, places(bits))
+
+
+def unpack_offsets(builder, offsets) -> list[list]:
+    """The same as lists of registers, [place][column]."""
+    return [_unpack(builder, columns) for columns in _unpack(builder, offsets)]
+
+
+def emit_level(builder, bits, unit, words, column, pair, offsets):
+    """The instructions of one half2 of :func:`levels`: lists of registers in."""
+    found = place_of(bits, unit, pair)
+    if found is None:
+        return _subtract(builder, _spread_pair(builder, words, column), offsets[0][column])
+    word, shift = words[4 * found[0] + column], found[1]
+    place = shift // bits % places(bits)
+    up = bits * place
+    if shift > up:
+        word = builder.lshr(word, I32(shift - up))
+    number = _and_or(builder, word, I32(((1 << bits) - 1 << up) * HALF_ONES), I32(MAGIC))
+    if not place:
+        return _subtract(builder, number, offsets[0][column])
+    return _call(builder, "fma.rn.f16x2 $0, $1, $2, $3;", number, I32(half2(2.0**-up)), offsets[place][column])
 
 
 def _spread_pair(builder, words, column):
