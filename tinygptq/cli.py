@@ -16,10 +16,10 @@ from typing import NoReturn
 
 from tinygptq import __version__
 from tinygptq.commands import bench, chat, compare, convert, evaluate, inspect, perplexity, publish, validate
-from tinygptq.commands.arguments import MODEL, add_device, add_json, add_model, add_revision, add_sampling
+from tinygptq.commands.arguments import MODEL, add_cache_bits, add_device, add_json, add_model, add_revision, add_sampling
 from tinygptq.config import RECIPES, SUPPORTED_BITS, QuantizeConfig
 from tinygptq.errors import TinyGPTQError
-from tinygptq.templates import TEMPLATES, render
+from tinygptq.templates import FOLDER_TEMPLATE, TEMPLATES, render
 
 FAMILIES: tuple = (chat, perplexity, evaluate, compare, validate, publish, convert, inspect, bench)
 
@@ -99,6 +99,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from tinygptq.conversation import encode_messages
     from tinygptq.language_model import load
 
     text = _standard_input() if args.prompt == "-" else args.prompt
@@ -106,8 +107,9 @@ def _generate(args: argparse.Namespace) -> None:
         raise TinyGPTQError("--greedy and --temperature contradict each other")
     options = {"cache_bits": args.cache_bits}
     model = load(args.model, device=args.device, context=args.context, revision=args.revision, **options)
+    own = args.template == FOLDER_TEMPLATE
     pieces = model.stream(
-        render(args.template, text),
+        encode_messages(model, args.template, [{"role": "user", "content": text}]) if own else render(args.template, text),
         max_new_tokens=args.max_new_tokens,
         min_new_tokens=args.min_new_tokens,
         temperature=0.0 if args.greedy else args.temperature,
@@ -227,7 +229,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model(parser)
     add("--prompt", required=True, metavar="TEXT", help="- reads it from standard input")
-    add("--template", default="none", choices=sorted(TEMPLATES), help="wrap the prompt (default: none)")
+    known = [FOLDER_TEMPLATE, *sorted(TEMPLATES)]
+    add("--template", default="none", choices=known, help="wrap the prompt; folder: in the folder's own (default: none)")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
     add("--min-new-tokens", type=int, default=0, metavar="N", help="(default: %(default)s)")
     add_sampling(parser)
@@ -235,7 +238,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="same seed, same text")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
     add("--context", type=int, metavar="N", help="room for prompt and answer together (default: the model's maximum)")
-    add("--cache-bits", type=int, default=16, choices=(8, 16), help="of keys and values on a GPU (default: %(default)s)")
+    add_cache_bits(parser)
     add_device(parser, choices=("cpu", "cuda"))
 
 

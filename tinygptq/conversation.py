@@ -11,9 +11,7 @@ from tinygptq.errors import TinyGPTQError
 from tinygptq.generate import StoppedText, generate_ids
 from tinygptq.language_model import LanguageModel
 from tinygptq.sampling import Sampler, SamplingParams, check_seed
-from tinygptq.templates import TEMPLATES, Message, get_template, render_chat, render_conversation
-
-FOLDER_TEMPLATE = "folder"  # in place of a template's name: the folder's own chat template
+from tinygptq.templates import FOLDER_TEMPLATE, TEMPLATES, Message, get_template, render_chat, render_conversation
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,34 @@ class AnswerStats:
         return text + (f"; {self.dropped} old messages left out" if self.dropped else "")
 
 
+def encode_messages(model: LanguageModel, template: str, messages: list[Message]) -> list[int]:
+    """The ids of messages in a template, by name or FOLDER_TEMPLATE, to where the model's next reply begins.
+
+    Raises:
+        TinyGPTQError: an unknown template, none in the folder, or one that cannot be used.
+    """
+    _check_template(model, template)
+    tokenizer = model.tokenizer
+    bos, eos = (_text_of(tokenizer, token) for token in (tokenizer.bos_id, tokenizer.eos_id))
+    if template == FOLDER_TEMPLATE:
+        text = render_chat(tokenizer.chat_template or "", messages, bos, eos)
+    else:
+        text = render_conversation(template, messages, bos, eos)
+    return tokenizer.encode(text, bos=False if bos and text.startswith(bos) else None)
+
+
+def _check_template(model: LanguageModel, template: str) -> None:
+    if template != FOLDER_TEMPLATE:
+        get_template(template)
+    elif model.tokenizer.chat_template is None:
+        known = ", ".join(TEMPLATES)
+        raise TinyGPTQError(f"{model.checkpoint.folder}: the folder has no chat template; choose one of {known}")
+
+
+def _text_of(tokenizer: Any, token: int | None) -> str:
+    return "" if token is None else tokenizer.token_bytes(token, skip_special=False).decode("utf-8", "replace")
+
+
 class Conversation:
     """Messages so far, and what answers them.
 
@@ -54,11 +80,7 @@ class Conversation:
     ) -> None:  # fmt: skip
         if template is None:
             template = "none" if model.tokenizer.chat_template is None else FOLDER_TEMPLATE
-        if template == FOLDER_TEMPLATE and model.tokenizer.chat_template is None:
-            known = ", ".join(TEMPLATES)
-            raise TinyGPTQError(f"{model.checkpoint.folder}: the folder has no chat template; choose one of {known}")
-        if template != FOLDER_TEMPLATE:
-            get_template(template)
+        _check_template(model, template)
         if max_new_tokens < 1:
             raise TinyGPTQError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         self.model, self.template, self.system, self.max_new_tokens = model, template, system, max_new_tokens
@@ -120,27 +142,13 @@ class Conversation:
         """Ids of the longest end of the history that leaves room for an answer, and how many messages it leaves out."""
         capacity = self._engine.capacity
         room = capacity - min(self.max_new_tokens, capacity // 2)
+        system = [{"role": "system", "content": self.system}] if self.system else []
         for dropped in range(0, len(self.messages), 2):  # a question goes with its answer
-            ids = self._encode(self.messages[dropped:])
+            ids = encode_messages(self.model, self.template, [*system, *self.messages[dropped:]])
             if len(ids) <= room:
                 return ids, dropped
         raise TinyGPTQError(f"the message makes a prompt of {len(ids)} tokens; {room} fit the context of {capacity} beside "
                             "an answer")  # fmt: skip
-
-    def _encode(self, messages: list[Message]) -> list[int]:
-        tokenizer = self.model.tokenizer
-        bos, eos = self._text_of(tokenizer.bos_id), self._text_of(tokenizer.eos_id)
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        if self.template == FOLDER_TEMPLATE:
-            text = render_chat(tokenizer.chat_template or "", [*system, *messages], bos, eos)
-        else:
-            text = render_conversation(self.template, [*system, *messages], bos, eos)
-        return tokenizer.encode(text, bos=False if bos and text.startswith(bos) else None)
-
-    def _text_of(self, token: int | None) -> str:
-        if token is None:
-            return ""
-        return self.model.tokenizer.token_bytes(token, skip_special=False).decode("utf-8", "replace")
 
     def _stops(self) -> list[str]:
         """What begins the user's next turn: a model that goes on with it has ended its own."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tinygptq.errors import TinyGPTQError
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+FOLDER_TEMPLATE = "folder"  # in place of a template's name: the folder's own chat template
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -90,6 +91,9 @@ MISTAKES = {
     "negative minimum": (changed(GENERATE, "--min-new-tokens", "-2"), "min_new_tokens is -2"),
     "negative seed": (changed(GENERATE, "--temperature", "1", "--seed", "-1"), "seed is -1, expected at least 0"),
     "unknown template": (changed(GENERATE, "--template", "nonsense"), "'nonsense'"),
+    "no template in the folder": (changed(GENERATE, "--template", "folder"), "the folder has no chat template"),
+    "8-bit cache without a GPU": (changed(GENERATE, "--cache-bits", "8"), "an 8-bit cache, are the GPU engine's"),
+    "a chat's, too": (("chat", "model", "--cache-bits", "8"), "an 8-bit cache, are the GPU engine's"),
     "text is no number": (changed(GENERATE, "--top-k", "many"), "--top-k"),
     "no prompt": (GENERATE[:2], "--prompt"),
     "unknown command": (("dance",), "'dance'"),
@@ -119,6 +123,18 @@ MISTAKES = {
     "damping of 1": (changed(QUANTIZE, "--damp-percent", "1"), "damp_percent is 1.0"),
     "unknown method": (changed(QUANTIZE, "--method", "magic"), "'magic'"),
 }
+
+
+def test_a_prompt_in_the_folders_own_template(tinygptq, folders, tmp_path):
+    pytest.importorskip("jinja2")
+    folder = tmp_path / "templated"
+    shutil.copytree(folders / "model", folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>")
+    options = "--greedy", "--max-new-tokens", "6"
+    rendered = tinygptq("generate", folder, "--prompt", "<user>hello<answer>", *options)
+    assert rendered[0] == 0
+    assert tinygptq("generate", folder, "--prompt", "hello", "--template", "folder", *options) == rendered
+    assert tinygptq("generate", folder, "--prompt", "hello", *options) != rendered
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -12,6 +12,7 @@ from helpers import FLOAT_DTYPES, random_llama_folder, save_safetensors, small_c
 
 from tinygptq.config import QuantizeConfig
 from tinygptq.errors import TinyGPTQError
+from tinygptq.folders import tensorfile
 from tinygptq.folders.checkpoint import find_quantize_config, from_gptq, load_checkpoint
 from tinygptq.folders.tensorfile import TensorFile
 from tinygptq.packing import pack
@@ -227,6 +228,17 @@ def test_bad_index(tmp_path: Path, index, parts):
     random_llama_folder(tmp_path, sharded=True)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(tmp_path, *parts)
+
+
+def test_weights_that_may_not_be_read(tmp_path: Path, monkeypatch):
+    """As root anything may be read, so that the system's refusal is played."""
+
+    def refusing(path, *arguments):
+        raise PermissionError(13, "Permission denied")
+
+    random_llama_folder(tmp_path)
+    monkeypatch.setattr(tensorfile, "open", refusing, raising=False)
+    refused(tmp_path, "model.safetensors: may not be read (its permissions)")
 
 
 def test_one_tensor_in_two_shards(tmp_path: Path):

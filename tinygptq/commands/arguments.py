@@ -23,6 +23,12 @@ def add_device(parser: argparse.ArgumentParser, **changes) -> None:
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)", **changes)
 
 
+def add_cache_bits(parser: argparse.ArgumentParser) -> None:
+    """--cache-bits, of the key-value cache."""
+    text = "of keys and values on a GPU (default: %(default)s)"
+    parser.add_argument("--cache-bits", type=int, default=16, choices=(8, 16), help=text)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")

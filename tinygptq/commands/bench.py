@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 
-from tinygptq.commands.arguments import add_device, add_json, add_model
+from tinygptq.commands.arguments import add_cache_bits, add_device, add_json, add_model
 
 
 def register(command) -> None:
@@ -18,7 +18,7 @@ def register(command) -> None:
     add("--prompt-tokens", type=_numbers, default=(512,), metavar="N,N", help="lengths of prompts (default: 512)")
     add("--rows", type=_numbers, default=(1,), metavar="N,N", help="sequences decoded together (default: 1; more on a GPU)")
     add("--tokens", type=_number, default=64, metavar="N", help="decoded in each run (default: %(default)s)")
-    add("--cache-bits", type=int, default=16, choices=(8, 16), help="of keys and values on a GPU (default: %(default)s)")
+    add_cache_bits(parser)
     add("--profile", action="store_true", help="also time the kernels of a step (GPU)")
     add_json(parser)
     add_device(parser)

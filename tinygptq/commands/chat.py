@@ -8,9 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-from tinygptq.commands.arguments import add_device, add_model, add_sampling
+from tinygptq.commands.arguments import add_cache_bits, add_device, add_model, add_sampling
 from tinygptq.errors import TinyGPTQError
-from tinygptq.templates import TEMPLATES
+from tinygptq.templates import FOLDER_TEMPLATE, TEMPLATES
 
 HELP = """/reset          forget the conversation
 /system TEXT    set the system message and forget the conversation; without TEXT, take it away
@@ -30,7 +30,7 @@ def register(command) -> None:
     add_model(parser)
     add(
         "--template",
-        choices=["folder", *sorted(TEMPLATES)],
+        choices=[FOLDER_TEMPLATE, *sorted(TEMPLATES)],
         help="how turns are written (default: the folder's own chat template, or none where it has none)",
     )
     add("--system", metavar="TEXT", help="a system message")
@@ -38,6 +38,7 @@ def register(command) -> None:
     add_sampling(parser)
     add("--seed", type=int, help="same seed, same answers")
     add("--context", type=int, metavar="N", help="room for the conversation (default: the model's maximum)")
+    add_cache_bits(parser)
     add_device(parser)
 
 
@@ -47,7 +48,8 @@ def _chat(args: argparse.Namespace) -> None:
 
     if sys.stdin is None:
         raise TinyGPTQError("chat reads standard input, which is closed")
-    model = load(args.model, device=args.device, context=args.context, revision=args.revision)
+    options = {"revision": args.revision, "cache_bits": args.cache_bits}
+    model = load(args.model, device=args.device, context=args.context, **options)
     conversation = Conversation(
         model, args.template, args.system, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, repetition_penalty=args.repetition_penalty, seed=args.seed,

@@ -42,15 +42,18 @@ class TensorFile(Mapping[str, np.ndarray]):
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         try:
-            with safe_open(self.path, framework="numpy") as opened:  # checks the header against the file
-                self.metadata: dict[str, str] = opened.metadata() or {}
-        except FileNotFoundError:
+            with open(self.path, "rb") as file:  # first: safe_open calls a file that may not be read one that is not there
+                length = int.from_bytes(file.read(8), "little")
+                with safe_open(self.path, framework="numpy") as opened:  # checks the header against the file
+                    self.metadata: dict[str, str] = opened.metadata() or {}
+                text = file.read(length)
+        except (FileNotFoundError, ValueError):  # ValueError: a name with a NUL
             raise TinyGPTQError(f"{path}: no such file") from None
+        except PermissionError:
+            raise TinyGPTQError(f"{path}: may not be read (its permissions)") from None
         except (SafetensorError, OSError) as error:
             raise TinyGPTQError(f"{path}: not a valid safetensors file ({error})") from None
-        with open(self.path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+        header = json.loads(text)
         header.pop("__metadata__", None)
         self._entries: dict[str, dict[str, Any]] = header
         self._data_start = 8 + length

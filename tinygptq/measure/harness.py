@@ -19,9 +19,8 @@ from tinygptq.generate import StoppedText, batch_rows, generate_batch
 from tinygptq.language_model import LanguageModel
 from tinygptq.measure.scoring import MAX_BATCH, Request, Scorer, prefix_token
 from tinygptq.sampling import Sampler, SamplingParams
-from tinygptq.templates import Message, render_chat, render_conversation
+from tinygptq.templates import FOLDER_TEMPLATE, Message, render_chat, render_conversation
 
-FOLDER_TEMPLATE = "folder"  # in place of a template's name: the folder's own chat template
 MAX_GEN_TOKS = 256  # for tasks that do not say, as in the harness
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names for one thing, first one first
 

@@ -13,8 +13,8 @@ from tinygptq.errors import TinyGPTQError
 from tinygptq.language_model import LanguageModel
 from tinygptq.measure import benchmarks
 from tinygptq.measure.benchmarks import SUITES
-from tinygptq.measure.harness import FOLDER_TEMPLATE, harness_model
-from tinygptq.templates import get_template
+from tinygptq.measure.harness import harness_model
+from tinygptq.templates import FOLDER_TEMPLATE, get_template
 
 
 @dataclass(frozen=True)
