@@ -147,6 +147,6 @@ def test_a_plan_for_few_rows_can_be_launched(strips, inner, shared):
         sums = 4 * plan.strips * plan.warps * 8 * row_tiles * PITCH
         needed = sums + ring_bytes(plan.warps, row_tiles, plan.slots) + 1024
         assert needed <= shared
-        if shared == 228 << 10:  # as on the card where plans were measured: all blocks have the room they want
+        if shared == 228 << 10 or plan.strips > 1:  # the card where plans were measured: all blocks have the room they want
             assert needed * plan.resident <= shared
         assert 65536 // (32 * plan.warps * plan.resident) >= 120  # registers of a thread

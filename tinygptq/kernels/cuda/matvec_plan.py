@@ -61,9 +61,11 @@ def plan(strips: int, inner: int, row_tiles: int, bits: int, group_size: int, mu
     else:
         if bits == 8 or (row_tiles == 2 and (group_size % CHUNK or each <= 3)):  # much code for a chunk
             sets = 1
-        by_threes = 3 * -(-strips // (3 * multiprocessors))  # strips of a multiprocessor, three to a block
-        if (row_tiles, bits) == (2, 2) and group_size % CHUNK == 0 and by_threes <= each:
-            found = Plan(8, 1, 1, strips=3) if each == 3 else Plan(4, 2, 1, strips=3)
+        threes = Plan(8, 1, 1, strips=3) if each == 3 else Plan(4, 2, 1, strips=3)
+        no_more = 3 * -(-strips // (3 * multiprocessors)) <= each  # strips for a multiprocessor, three to a block
+        has_room = threes.resident * threes.shared_bytes(row_tiles) <= shared
+        if (row_tiles, bits) == (2, 2) and group_size % CHUNK == 0 and no_more and has_room:
+            found = threes
         elif each <= 3:
             found = Plan(5 if (bits, row_tiles, sets) == (4, 1, 2) else 4, 3, sets)
         else:
