@@ -26,17 +26,18 @@ def test_matvec_against_float64(layer):
             assert relative_error(out.get(), exact_product(x, packed)) <= bound, (rows, dtype)
 
 
-@pytest.mark.parametrize("columns", [264, 8192])  # blocks of 16 warps, and of 8
-def test_long_and_wide_layers(columns):
+# on a card of 132 multiprocessors blocks of 16 warps and of 8, and of three strips, one and two to a multiprocessor
+@pytest.mark.parametrize(("bits", "columns", "rows"), [(4, 264, 3), (4, 8192, 3), (2, 11008, 16), (2, 22016, 9)])
+def test_long_and_wide_layers(bits, columns, rows):
     from tinygptq.kernels.cuda import dispatch
     from tinygptq.kernels.cuda.layout import to_device
     from tinygptq.kernels.cuda.runtime import cupy
 
     rng = fresh_generator()
-    packed = random_linear(rng, 4, 128, False, False, 4096, columns)
+    packed = random_linear(rng, bits, 128, False, False, 4096, columns)
     packed = replace(packed, scales=packed.scales.astype(np.float32) * np.float32(1.0001))
-    x = random_rows(rng, 3, 4096)
-    out = cupy().full((3, columns), np.nan, np.float32)
+    x = random_rows(rng, rows, 4096)
+    out = cupy().full((rows, columns), np.nan, np.float32)
     device, x_device = to_device(packed), cupy().asarray(x)
     first = dispatch.linear(x_device, device, out, kernel="matvec").get()
     assert relative_error(first, exact_product(x, packed)) <= 1e-5
