@@ -11,7 +11,7 @@ from tinygptq.errors import TinyGPTQError
 from tinygptq.generate import StoppedText, generate_ids
 from tinygptq.language_model import LanguageModel
 from tinygptq.sampling import Sampler, SamplingParams, check_seed
-from tinygptq.templates import FOLDER_TEMPLATE, TEMPLATES, Message, get_template, render_chat, render_conversation
+from tinygptq.templates import FOLDER_TEMPLATE, TEMPLATES, Message, get_template, render_messages
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,7 @@ def encode_messages(model: LanguageModel, template: str, messages: list[Message]
     """
     _check_template(model, template)
     tokenizer = model.tokenizer
-    bos, eos = (_text_of(tokenizer, token) for token in (tokenizer.bos_id, tokenizer.eos_id))
-    if template == FOLDER_TEMPLATE:
-        text = render_chat(tokenizer.chat_template or "", messages, bos, eos)
-    else:
-        text = render_conversation(template, messages, bos, eos)
+    text, bos = render_messages(tokenizer, template, messages), tokenizer.token_text(tokenizer.bos_id)
     return tokenizer.encode(text, bos=False if bos and text.startswith(bos) else None)
 
 
@@ -56,10 +52,6 @@ def _check_template(model: LanguageModel, template: str) -> None:
     elif model.tokenizer.chat_template is None:
         known = ", ".join(TEMPLATES)
         raise TinyGPTQError(f"{model.checkpoint.folder}: the folder has no chat template; choose one of {known}")
-
-
-def _text_of(tokenizer: Any, token: int | None) -> str:
-    return "" if token is None else tokenizer.token_bytes(token, skip_special=False).decode("utf-8", "replace")
 
 
 class Conversation:

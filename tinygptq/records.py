@@ -26,11 +26,8 @@ class RecordWriter:
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str):
-        def text_of(id: int | None) -> str:
-            return "" if id is None else tokenizer.token_bytes(id, skip_special=False).decode("utf-8", "replace")
-
         self.template = template
-        self.bos, self.eos = text_of(tokenizer.bos_id), text_of(tokenizer.eos_id)
+        self.bos, self.eos = tokenizer.token_text(tokenizer.bos_id), tokenizer.token_text(tokenizer.eos_id)
         self.chat_template = tokenizer.chat_template or ""
         if template != CHAT_TEMPLATE:
             get_template(template)  # an unknown name should not wait for a download

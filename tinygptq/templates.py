@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tinygptq.errors import TinyGPTQError
+
+if TYPE_CHECKING:
+    from tinygptq.tokenizer import Tokenizer
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 FOLDER_TEMPLATE = "folder"  # in place of a template's name: the folder's own chat template
@@ -136,6 +140,19 @@ def render_chat(
     except Exception as error:  # a template is a program of the folder's: it can raise whatever it likes
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise TinyGPTQError(f"the folder's chat template cannot be used: {first}") from None
+
+
+def render_messages(
+    tokenizer: Tokenizer, template: str, messages: Sequence[Message], add_generation_prompt: bool = True
+) -> str:
+    """Messages in a template by name, or in the folder's own (FOLDER_TEMPLATE), with the tokenizer's BOS and EOS.
+
+    ``add_generation_prompt``: of the folder's own; those with names end where their messages do.
+    """
+    bos, eos = tokenizer.token_text(tokenizer.bos_id), tokenizer.token_text(tokenizer.eos_id)
+    if template == FOLDER_TEMPLATE:
+        return render_chat(tokenizer.chat_template or "", messages, bos, eos, add_generation_prompt)
+    return render_conversation(template, messages, bos, eos)
 
 
 def _strftime_now(form: str) -> str:

@@ -104,6 +104,10 @@ class Tokenizer(ABC):
         text = b"".join(self.token_bytes(id, skip_special) for id in ids).decode("utf-8", self.utf8_errors)
         return text[1:] if self.strips_space and text.startswith(" ") else text
 
+    def token_text(self, id: int | None) -> str:
+        """One token's own text, a special one's too; what is no UTF-8 becomes U+FFFD. "" for None, a token there is not."""
+        return "" if id is None else self.token_bytes(id, skip_special=False).decode("utf-8", "replace")
+
     def stream(self, skip_special: bool = True, continues: bool = False) -> StreamDecoder:
         """A decoder fed one id at a time. ``continues``: the ids follow a prompt, so a first space is kept."""
         return StreamDecoder(self, skip_special, continues)

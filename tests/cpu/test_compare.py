@@ -26,9 +26,7 @@ def letter(token: int) -> str:
     return chr(0x4E00 + token)
 
 
-TOKENS = SimpleNamespace(
-    decode=lambda ids, skip_special: "".join(map(letter, ids)), token_bytes=lambda id, skip_special: letter(id).encode()
-)
+TOKENS = SimpleNamespace(decode=lambda ids, skip_special: "".join(map(letter, ids)), token_text=letter)
 
 
 @pytest.fixture(scope="module")

@@ -167,8 +167,7 @@ class _Totals:
         for kl, position, actual, top_a, top_b, p_a, p_b in sorted(self._worst, reverse=True):
             before = ids[max(position + 1 - CONTEXT_TOKENS, 0) : position + 1]
             context = tokenizer.decode(before.tolist(), skip_special=False)
-            is_, a, b = (tokenizer.token_bytes(token, skip_special=False).decode("utf-8", "replace")
-                         for token in (actual, top_a, top_b))  # fmt: skip
+            is_, a, b = (tokenizer.token_text(token) for token in (actual, top_a, top_b))
             yield WorstToken(position, kl, context, is_, a, b, p_a, p_b)
 
 

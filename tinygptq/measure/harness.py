@@ -19,7 +19,7 @@ from tinygptq.generate import StoppedText, batch_rows, generate_batch
 from tinygptq.language_model import LanguageModel
 from tinygptq.measure.scoring import MAX_BATCH, Request, Scorer, prefix_token
 from tinygptq.sampling import Sampler, SamplingParams
-from tinygptq.templates import FOLDER_TEMPLATE, Message, render_chat, render_conversation
+from tinygptq.templates import FOLDER_TEMPLATE, Message, render_messages
 
 MAX_GEN_TOKS = 256  # for tasks that do not say, as in the harness
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names for one thing, first one first
@@ -58,16 +58,11 @@ class Adapter:
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """BOS by the folder's rule (None), or with (True) or without it; a text that begins with its text gets no second."""
         tokenizer = self.model.tokenizer
-        if add_special_tokens is None and string.startswith(self._text_of(self.prefix_token_id) or "\0"):
+        if add_special_tokens is None and string.startswith(tokenizer.token_text(self.prefix_token_id) or "\0"):
             add_special_tokens = False
         if add_special_tokens and tokenizer.bos_id is None:
             add_special_tokens = None
         return tokenizer.encode(string, bos=add_special_tokens)
-
-    def _text_of(self, token: int | None) -> str:
-        if token is None:
-            return ""
-        return self.model.tokenizer.token_bytes(token, skip_special=False).decode("utf-8", "replace")
 
     # ------------------------------------------------------------------ log-likelihoods
 
@@ -166,12 +161,9 @@ class Adapter:
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
         """A conversation as one prompt; without a generation prompt it ends inside the last message, to be continued."""
-        tokenizer = self.model.tokenizer
-        bos, eos = self._text_of(tokenizer.bos_id), self._text_of(tokenizer.eos_id)
         if self._template == FOLDER_TEMPLATE:
-            text = render_chat(self._folder_template(), chat_history, bos, eos, add_generation_prompt)
-        else:
-            text = render_conversation(self._template, chat_history, bos, eos)
+            self._folder_template()
+        text = render_messages(self.model.tokenizer, self._template, chat_history, add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()

@@ -19,7 +19,7 @@ import numpy as np
 
 from tinygptq.kernels.cuda.block_sums import Epilogue
 from tinygptq.kernels.cuda.runtime import cuda
-from tinygptq.kernels.cuda.tables import device_function
+from tinygptq.kernels.cuda.tables import device_function, tuple_of
 from tinygptq.kernels.cuda.warps import ALL, warp_sum
 
 STRIP = 32
@@ -36,20 +36,14 @@ def inverse_rms(features: int, eps: float):
     turns = -(-strips // STRIP)
     nothing = (ZERO,) * turns
 
-    @device_function
-    def one(squares, row, strip):
-        return squares[np.uint32(row), np.uint32(strip)] if strip < strips else ZERO
-
     def reader(turn):
-        """Device function that reads the sums of turns 0 .. turn, so many numbers."""
-        before = reader(turn - 1) if turn else None
+        """Device function that reads a lane's sum of one turn."""
         first = STRIP * turn
 
         @device_function
         def read(squares, row, lane):
-            if turn:
-                return before(squares, row, lane) + (one(squares, row, first + lane),)  # noqa: RUF005 (Numba has no *)
-            return (one(squares, row, lane),)
+            strip = first + lane
+            return squares[np.uint32(row), np.uint32(strip)] if strip < strips else ZERO
 
         return read
 
@@ -60,7 +54,7 @@ def inverse_rms(features: int, eps: float):
             total += sums[turn]
         return cuda.libdevice.rsqrtf(warp_sum(total) * share + small)
 
-    return reader(turns - 1), inverse, nothing
+    return tuple_of(reader, turns), inverse, nothing
 
 
 @functools.cache

@@ -37,7 +37,14 @@ from tinygptq.kernels.cuda.ptx import copy_async_wait
 from tinygptq.kernels.cuda.runtime import cuda
 from tinygptq.kernels.cuda.steps import begin_dependents, wait_for_dependencies
 from tinygptq.kernels.cuda.streams import load_stream_pieces_if
-from tinygptq.kernels.cuda.tables import device_function, scale_floats, table_decoder, table_reader, zero_floats
+from tinygptq.kernels.cuda.tables import (
+    device_function,
+    scale_floats,
+    table_decoder,
+    table_reader,
+    tuple_of,
+    zero_floats,
+)
 
 
 class Source(NamedTuple):
@@ -89,25 +96,22 @@ def matvec_kernel(
     warps, several, short, tile_rows, chunk_words = plan.warps, plan.strips, plan.short, 8 * row_tiles, bits * CHUNK
     sums_at, strip_sums = ring_bytes(warps, row_tiles, plan.slots) // 4, warps * tile_rows * PITCH  # in floats
     locate_tables, fetch = _weights_reader(bits, group_size, zero, wide_scales, several)
-    locate, copy_chunk, take = ring(row_tiles, plan.slots, ragged or plan.short)
+    locate, copy_chunk, take = ring(row_tiles, plan.slots, ragged or short)
 
     @device_function
     def copy(shared, place, source, x, chunk, slot):
         copy_chunk(shared, place, x, chunk, np.int32(source.last + 1), slot)
 
-    multiply = _strips_product(_chunk_product(bits, group_size, zero, row_tiles, wide_scales), several)
-    multiply_chunks = _run(plan, fetch, copy, take, multiply, tile_rows)
+    multiply = functools.partial(_strip_product, _chunk_product(bits, group_size, zero, row_tiles, wide_scales))
+    multiply_chunks = _run(plan, fetch, copy, take, tuple_of(multiply, several), tile_rows)
+    first_strip = _first_strip(several)
     leave, finish = leave_sums(row_tiles), finisher(tile_rows, warps, UNIT if row_tiles == 1 else 1, epilogue, several)
     read, nothing = epilogue.read, epilogue.nothing
 
     def matvec(codes, scales, inner, strips, x, zeros, y, extra):
         shared, partial = cuda.shared.array(0, np.uint32), cuda.shared.array(0, np.float32)  # one memory, by two types
-        lane, warp, strip = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5), np.int32(cuda.blockIdx.x)
-        skipped = np.int32(0)  # strips that are another block's too, and finished there
-        if several > 1:
-            strip = np.int32(several * strip)
-            skipped = max(np.int32(strip + several - np.int32(strips)), skipped)
-            strip = np.int32(strip - skipped)
+        lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
+        strip, skipped = first_strip(np.int32(strips))
         inner, strips, rows = np.int32(inner), np.int32(strips), np.int32(y.shape[0])
         chunks = np.int32(inner + CHUNK - 1 >> 7)
         codes_at, pitch = np.int32(strip * chunk_words + 4 * lane), np.int32(strips * chunk_words)
@@ -131,6 +135,20 @@ def matvec_kernel(
         finish(partial, sums_at, strip, skipped, rows, y, extra, known)
 
     return Kernel(matvec, (32 * warps, plan.resident))
+
+
+def _first_strip(several):
+    """Device function: the block's first strip, and how many of its strips another block has too, and finishes."""
+
+    @device_function
+    def first_strip(strips):
+        strip, shared = np.int32(cuda.blockIdx.x), np.int32(0)
+        if several > 1:
+            strip = np.int32(several * strip)
+            shared = max(np.int32(strip + several - strips), shared)
+        return np.int32(strip - shared), shared
+
+    return first_strip
 
 
 def _run(plan, fetch, copy, take, multiply_chunk, tile_rows):
@@ -204,12 +222,11 @@ def _weights_reader(bits, group_size, zero, wide_scales, strips):
     chunk_words, table_size = bits * CHUNK, STRIP * groups_together(group_size)  # of a strip
 
     def reader(strip):
-        """Device function for strips 0 .. strip of the block."""
-        before = reader(strip - 1) if strip else None
+        """Device function for one of the block's strips."""
         words_further, table_further = chunk_words * strip, table_size * strip
 
         @device_function
-        def one(source, chunk, wanted):
+        def fetch(source, chunk, wanted):
             at = np.int32(source.codes_at + chunk * source.pitch + words_further)
             words = load_codes(source.codes, at, wanted)
             of_chunk = chunk if wanted else source.last
@@ -217,26 +234,17 @@ def _weights_reader(bits, group_size, zero, wide_scales, strips):
             scale, offset = fetch_tables(source.scales, source.zeros, table, of_chunk)
             return words, scale, offset
 
-        @device_function
-        def fetch(source, chunk, wanted):
-            if strip:
-                return before(source, chunk, wanted) + (one(source, chunk, wanted),)  # noqa: RUF005 (Numba has no *)
-            return (one(source, chunk, wanted),)
-
         return fetch
 
-    return locate, reader(strips - 1)
+    return locate, tuple_of(reader, strips)
 
 
-def _strips_product(multiply_chunk, strips):
-    """Device function: the same for each of the block's strips, tuples of sums and of weights."""
-    before, last = _strips_product(multiply_chunk, strips - 1) if strips > 1 else None, strips - 1
+def _strip_product(multiply_chunk, strip):
+    """Device function: the same for one of the block's strips, of tuples of sums and of weights."""
 
     @device_function
     def multiply(total, weights, x):
-        if last:
-            return before(total, weights, x) + (multiply_chunk(total[last], weights[last], x),)  # noqa: RUF005
-        return (multiply_chunk(total[0], weights[0], x),)
+        return multiply_chunk(total[strip], weights[strip], x)
 
     return multiply
 

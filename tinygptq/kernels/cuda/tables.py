@@ -23,6 +23,22 @@ def device_function(function):
     return cuda.jit(device=True, inline="always")(function)
 
 
+def tuple_of(make, count: int):
+    """Device function ``(a, b, c)`` that gives these to ``count`` device functions, ``make(0)``, ``make(1)`` ...
+
+    It returns what they return: a tuple, whose length Numba has to know and could not in a loop.
+    """
+    several, before, last = count > 1, tuple_of(make, count - 1) if count > 1 else None, make(count - 1)
+
+    @device_function
+    def call(a, b, c):
+        if several:
+            return before(a, b, c) + (last(a, b, c),)  # noqa: RUF005 (Numba has no * in a tuple)
+        return (last(a, b, c),)
+
+    return call
+
+
 def table_reader(bits, group_size, read_zeros, wide_scales):
     """Device functions: where scales and zeros of a lane's four columns are, and what is there.
 
